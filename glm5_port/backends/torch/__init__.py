@@ -1,0 +1,8 @@
+"""Portable PyTorch implementations: the first-day implementation of any chip. They name no device.
+
+Importing this package registers them; each module mirrors one of `glm5_port.operators`.
+"""
+
+from glm5_port.backends.torch import norm
+
+__all__ = ["norm"]

@@ -1,0 +1,120 @@
+"""Parity cases: named, seeded on the CPU from their own id, rounded to the working dtype.
+
+A suite belongs to one operator and lives in `glm5_port/operators/cases/`. Inputs depend on the operator, the case and the
+dtype only, so that any machine makes the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_port.registry import Operator
+
+WIDTH = frozenset({"glm5-width"})
+"""Tag of cases at the released model's widths: slower, left out by `--small`."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Make:
+    """Makes the inputs of one case. Draws are float32 on the CPU, then rounded to `dtype`, so that every dtype sees the
+    same numbers up to rounding. `dtype=` overrides the working dtype for tensors whose dtype the contract fixes."""
+
+    def __init__(self, seed_id: str, dtype: torch.dtype) -> None:
+        seed = int.from_bytes(hashlib.sha256(seed_id.encode()).digest()[:8], "little") >> 1
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * std + mean).to(dtype or self.dtype)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.rand(shape, generator=self.generator) * (high - low) + low).to(dtype or self.dtype)
+
+    def integers(self, *shape: int, low: int, high: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Whole numbers in [low, high), as `dtype` (default: the working dtype; sums of small ones are exact in any order)."""
+        return torch.randint(low, high, shape, generator=self.generator).to(dtype or self.dtype)
+
+    def permutation(self, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randperm(n, generator=self.generator).to(dtype)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype)
+
+    def with_non_finite(self, rows: int, width: int) -> Tensor:
+        """Normal rows, with one NaN in the first row and one infinity in the second."""
+        x = self.normal(rows, width)
+        x[0, width // 2] = float("nan")
+        x[1, 0] = float("inf")
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One input to an operator.
+
+    Attributes:
+        name: unique within the suite; part of the seed.
+        build: makes the keyword arguments of one call.
+        tags: `WIDTH` for cases at true GLM-5 widths.
+        exact: outputs must equal the gold exactly (inputs are small integers, so every order of summation is exact).
+        dtypes: working dtypes to run in.
+    """
+
+    name: str
+    build: Callable[[Make], dict[str, Any]]
+    tags: frozenset[str] = frozenset()
+    exact: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def arguments(self, operator: Operator, dtype: torch.dtype) -> dict[str, Any]:
+        """The keyword arguments on the CPU, in the working dtype."""
+        return self.build(Make(f"{operator.name}/{self.name}", dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """All cases of one operator, and how its outputs are compared.
+
+    Attributes:
+        compare: None for the default (floating outputs within the budget, other outputs equal), or a function
+            `(Outcome) -> list[str]` of `glm5_port.testing.comparison` that returns what is wrong.
+    """
+
+    operator: Operator
+    cases: tuple[Case, ...]
+    compare: Callable[..., list[str]] | None = None
+
+
+SUITES: dict[str, Suite] = {}
+
+
+def suite(operator: Operator, *, compare: Callable[..., list[str]] | None = None) -> Callable[[Callable[[], Iterator[Case]]], None]:
+    """Registers the cases that the decorated generator yields."""
+
+    def register(cases: Callable[[], Iterator[Case]]) -> None:
+        made = tuple(cases())
+        names = [case.name for case in made]
+        if len(set(names)) != len(names):
+            raise ValueError(f"{operator.name}: case names are not unique: {names}")
+        SUITES[operator.name] = Suite(operator, made, compare)
+
+    return register
+
+
+@functools.cache
+def load_suites() -> dict[str, Suite]:
+    """Imports every module of `glm5_port.operators.cases` and returns operator name -> suite."""
+    package = importlib.import_module("glm5_port.operators.cases")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return SUITES
