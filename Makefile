@@ -1,0 +1,69 @@
+# Everything from a fresh clone: needs Python >= 3.11 with venv, a C++ compiler for the native kernels to come, and nothing else.
+# All tools live in .venv; no other environment is read or written.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+
+# One thread per test process: xdist runs JOBS of them.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+TIERS_TO_COME := NPU front end, sanitizers, compile sweep, network namespaces
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help env demo test test-all lint bench docs clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo "  variables: PYTHON=$(PYTHON) (makes .venv), JOBS=$(JOBS) (test processes)"
+
+env: $(READY) ## a ready .venv with everything that development needs
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"$(PYTHON) is Python {v[0]}.{v[1]}; development needs 3.11 or later: make env PYTHON=python3.11")'
+	@[ -x $(BIN)/python ] || { echo "== making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "== installing what builds the package"
+	@$(PIP) install -c constraints.txt hatchling editables
+	@echo "== installing glm5_port and its development tools (some minutes the first time: torch is large)"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "== .venv is ready: source .venv/bin/activate"
+
+demo: env ## the main job on real input: backends, a small GLM-5.2, agreement with transformers, parity
+	@$(BIN)/glm5-port demo
+
+lint: env ## ruff and mypy
+	@echo "== ruff format --check"; $(BIN)/ruff format --check --quiet . || { echo "  make it so: $(BIN)/ruff format ."; exit 1; }
+	@echo "== ruff check"; $(BIN)/ruff check --quiet .
+	@echo "== mypy"; $(BIN)/mypy
+
+test: lint ## format, lint, types and the fast tests
+	@echo "== pytest, fast tests, $(JOBS) processes"; $(PYTEST) -n $(JOBS) -q
+	@echo "== left out here:"
+	@$(PYTEST) -m slow --collect-only -q -p no:cacheprovider | grep -E '::' | sed 's/::.*//' | sort | uniq -c \
+	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
+	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
+	@echo "  make test-all runs every tier that exists"
+
+test-all: test ## also the slow tests
+	@echo "== pytest, slow tests, $(JOBS) processes"
+	@status=0; $(PYTEST) -m slow -n $(JOBS) -q || status=$$?; \
+	  if [ $$status -eq 5 ]; then echo "  there are no slow tests yet"; elif [ $$status -ne 0 ]; then exit $$status; fi
+	@echo "== tiers that do not exist yet, so nothing here tested them: $(TIERS_TO_COME)"
+
+bench: env ## time every operator at GLM-5 widths (refuses where parity is red)
+	@$(BIN)/glm5-port bench
+
+docs: env ## regenerate docs/flags.md
+	@$(BIN)/glm5-port flags --markdown > .flags.md && mv .flags.md docs/flags.md && echo "docs/flags.md"
+
+clean: ## remove .venv and every cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
