@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from glm5_port.registry import Operator
 
 WIDTH = frozenset({"glm5-width"})
 """Tag of cases at the released model's widths: slower, left out by `--small`."""
+TIES = frozenset({"ties"})
+"""Tag of cases with scores that are equal exactly: what an implementation that promises `tie_rule` is held against."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +67,7 @@ class Case:
     Attributes:
         name: unique within the suite; part of the seed.
         build: makes the keyword arguments of one call.
-        tags: `WIDTH` for cases at true GLM-5 widths.
+        tags: `WIDTH` for cases at true GLM-5 widths, `TIES` for exact ties; `WIDTH | TIES` for both.
         exact: outputs must equal the gold exactly (inputs are small integers, so every order of summation is exact).
         dtypes: working dtypes to run in.
     """
@@ -88,25 +90,33 @@ class Suite:
     Attributes:
         compare: None for the default (floating outputs within the budget, other outputs equal), or a function
             `(Outcome) -> list[str]` of `glm5_port.testing.comparison` that returns what is wrong.
+        rows: names of the arguments with one row per token (dimension 0). They are also run non-contiguous, and the promise
+            `batch_invariant` is checked by calling the operator on one token alone; `query_starts`, `lengths`,
+            `block_table` and `slots` are cut to match (`glm5_port.testing.promises.alone`).
     """
 
     operator: Operator
     cases: tuple[Case, ...]
     compare: Callable[..., list[str]] | None = None
+    rows: tuple[str, ...] = ()
 
 
 SUITES: dict[str, Suite] = {}
 
 
-def suite(operator: Operator, *, compare: Callable[..., list[str]] | None = None) -> Callable[[Callable[[], Iterator[Case]]], None]:
-    """Registers the cases that the decorated generator yields."""
+def suite(
+    operator: Operator, *, compare: Callable[..., list[str]] | None = None, rows: Sequence[str] = ()
+) -> Callable[[Callable[[], Iterator[Case]]], None]:
+    """Registers the cases that the decorated generator yields. See `Suite` for the arguments."""
 
     def register(cases: Callable[[], Iterator[Case]]) -> None:
         made = tuple(cases())
         names = [case.name for case in made]
         if len(set(names)) != len(names):
             raise ValueError(f"{operator.name}: case names are not unique: {names}")
-        SUITES[operator.name] = Suite(operator, made, compare)
+        if unknown := set(rows) - set(operator.parameters):
+            raise ValueError(f"{operator.name}: rows name no parameters of it: {sorted(unknown)}")
+        SUITES[operator.name] = Suite(operator, made, compare, tuple(rows))
 
     return register
 

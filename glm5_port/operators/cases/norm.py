@@ -8,7 +8,7 @@ from glm5_port.operators.norm import add_rms_norm, rms_norm
 from glm5_port.testing.cases import WIDTH, Case, Make, suite
 
 
-@suite(rms_norm)
+@suite(rms_norm, rows=("x",))
 def rms_norm_cases() -> Iterator[Case]:
     def arguments(make: Make, *shape: int, std: float = 1.0, eps: float = 1e-5) -> dict[str, object]:
         return {"x": make.normal(*shape, std=std), "weight": make.normal(shape[-1], mean=1.0, std=0.1), "eps": eps}
@@ -26,7 +26,7 @@ def rms_norm_cases() -> Iterator[Case]:
     yield Case("glm5_latent", lambda make: arguments(make, 33, 512, std=0.03), tags=WIDTH)
 
 
-@suite(add_rms_norm)
+@suite(add_rms_norm, rows=("x", "residual"))
 def add_rms_norm_cases() -> Iterator[Case]:
     def arguments(make: Make, *shape: int) -> dict[str, object]:
         return {
