@@ -1,0 +1,372 @@
+"""Glm5Config: what a GLM-5 model is, read from a Hugging Face config.json.
+
+The dataclass holds the fields that the model, the checkpoint reader and the planners use, under their standard names, and
+checks that they fit each other. How a config.json is turned into these fields (precedence, legacy keys, refusals) stands
+in config_file.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any
+
+from glm5_port.errors import ConfigError
+
+MODEL_TYPE = "glm_moe_dsa"
+ARCHITECTURE = "GlmMoeDsaForCausalLM"
+DENSE, SPARSE = "dense", "sparse"
+FULL, SHARED = "full", "shared"
+INDEX_NORM_EPS = 1e-6  # the indexer's LayerNorm: 1e-6 in every implementation, never written to config.json
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """A block-FP8 checkpoint: e4m3 matrices with one float32 multiplier for each block.
+
+    Attributes:
+        block: rows and columns of a block; (128, 128) in every GLM-5 release.
+        not_converted: the module names that were kept in floating point (`modules_to_not_convert`), with
+            `indexers_proj`, which names no module, already read as `indexer.weights_proj`.
+    """
+
+    block: tuple[int, int]
+    not_converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glm5Config:
+    """One `GlmMoeDsaForCausalLM`: GLM-5, 5.1, 5.2, 5.3, or a smaller model of the same class.
+
+    Attributes:
+        q_lora_rank, kv_lora_rank: widths of the query latent and of the cached key-value latent.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths per head. `head_dim` of a config.json is not read: it says 64
+            in GLM-5 and 192 in GLM-5.2, and no implementation uses it.
+        index_n_heads, index_head_dim, index_topk: the lightning indexer. Its first `qk_rope_head_dim` dims are rotated.
+        n_group, topk_group: groups of routed experts, and how many of them a token may use.
+        rms_norm_eps: of the block norms, the final norm and the norms of the MTP layer.
+        latent_norm_eps: of the norms of the two latents. A config.json does not name it; then it equals `rms_norm_eps`, as in
+            the serving engines. Hugging Face computes with 1e-6: `dataclasses.replace(config, latent_norm_eps=1e-6)`.
+        rope_interleave, indexer_rope_interleave: True rotates the pairs (2i, 2i+1), False the pairs (i, i + dims/2).
+        mlp_layer_types: "dense" or "sparse" (mixture of experts) for each layer of the trunk.
+        indexer_types: "full" (runs an indexer) or "shared" (attends to the indices of the last full layer below) for each
+            layer of the trunk.
+        num_nextn_predict_layers: 1 if the checkpoint announces an MTP layer, else 0.
+        index_share_for_mtp_iteration: the MTP layer computes indices once and reuses them while it drafts further tokens.
+        eos_token_id: every id that ends a text; may be empty.
+        dtype: the dtype that config.json names, or None.
+        quantization: how the checkpoint is quantised, or None.
+        notes: what reading the file had to decide or left unread, one sentence each; `glm5-port info` shows them.
+
+    Raises:
+        ConfigError: when a field is outside its range or contradicts another.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    rms_norm_eps: float
+    latent_norm_eps: float
+    rope_theta: float
+    rope_interleave: bool
+    indexer_rope_interleave: bool
+    max_position_embeddings: int
+    mlp_layer_types: tuple[str, ...]
+    indexer_types: tuple[str, ...]
+    num_nextn_predict_layers: int = 0
+    index_share_for_mtp_iteration: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str | None = None
+    model_type: str = MODEL_TYPE
+    quantization: BlockFp8 | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_layers(self)
+        _check_experts(self)
+        _check_tokens(self)
+
+    # --- reading and writing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Glm5Config:
+        """The configuration that a parsed config.json describes.
+
+        Raises:
+            ConfigError: for another architecture, and for a field that is missing, contradictory or unsupported.
+        """
+        from glm5_port.config_file import read_fields  # late: config_file.py builds on the names of this file
+
+        return cls(**read_fields(mapping))
+
+    @classmethod
+    def from_json(cls, path: str | PathLike[str]) -> Glm5Config:
+        """Reads a config.json, or the config.json of a directory.
+
+        Raises:
+            ConfigError: as `from_dict`, and when the file is missing or is not JSON.
+        """
+        from glm5_port.config_file import read_json
+
+        return cls.from_dict(read_json(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """A mapping in the vocabulary of config.json, from which `from_dict` gives an equal configuration."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "notes"}
+        values["rope_parameters"] = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
+        for name in ("mlp_layer_types", "indexer_types", "eos_token_id"):
+            values[name] = list(values[name])
+        quantization = values.pop("quantization")
+        if quantization is not None:
+            values["quantization_config"] = {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": list(quantization.block),
+                "modules_to_not_convert": list(quantization.not_converted),
+            }
+        return {"architectures": [ARCHITECTURE], **values}
+
+    # --- what follows from the fields --------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: the unrotated part, then the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^(-1/2), for the expanded and the absorbed form alike."""
+        return self.qk_head_dim**-0.5
+
+    @property
+    def index_norm_eps(self) -> float:
+        """eps of the LayerNorm on index keys: 1e-6 in every implementation."""
+        return INDEX_NORM_EPS
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared expert: the shared experts are stored as one MLP."""
+        return self.moe_intermediate_size * self.n_shared_experts
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """Index of the MTP layer in the checkpoint (the one after the trunk), or None."""
+        return self.num_hidden_layers if self.num_nextn_predict_layers else None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers of the trunk."""
+        return tuple(range(self.num_hidden_layers))
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers of the trunk that own an indexer."""
+        return tuple(layer for layer in self.layers if self.owns_indexer(layer))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers of the trunk that are mixtures of experts."""
+        return tuple(layer for layer in self.layers if self.is_moe(layer))
+
+    def owns_indexer(self, layer: int) -> bool:
+        """Whether a layer runs its own indexer. The MTP layer always does."""
+        return self._kind(layer, self.indexer_types, FULL) == FULL
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts. The MTP layer always is."""
+        return self._kind(layer, self.mlp_layer_types, SPARSE) == SPARSE
+
+    def index_source(self, layer: int) -> int:
+        """The layer whose indices `layer` attends to: itself when it owns an indexer, else the last owner below it."""
+        while not self.owns_indexer(layer):
+            layer -= 1
+        return layer
+
+    def _kind(self, layer: int, kinds: tuple[str, ...], of_mtp: str) -> str:
+        if 0 <= layer < self.num_hidden_layers:
+            return kinds[layer]
+        if layer == self.mtp_layer:
+            return of_mtp
+        raise ValueError(f"layer {layer} does not exist: the layers are 0 to {self.num_hidden_layers + self.num_nextn_predict_layers - 1}")
+
+    @property
+    def family_member(self) -> str:
+        """The release that this configuration describes, as far as a configuration tells: 5 and 5.1 are equal in
+        everything but their weights, and so are 5.2 and 5.3."""
+        if any(getattr(self, name) != value for name, value in _RELEASED.items()):
+            return "GLM-5 class"
+        dense_first = (DENSE,) * 3 + (SPARSE,) * 75
+        for name, theta, context, owners in _RELEASES:
+            same = (self.rope_theta, self.max_position_embeddings, self.full_layers) == (theta, context, owners)
+            if same and self.mlp_layer_types == dense_first:
+                return name
+        return "GLM-5 class"
+
+
+_RELEASED: dict[str, Any] = {
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-5,
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
+}
+_RELEASES: tuple[tuple[str, float, int, tuple[int, ...]], ...] = (
+    ("GLM-5 / GLM-5.1", 1e6, 202752, tuple(range(78))),
+    ("GLM-5.2 / GLM-5.3", 8e6, 1048576, (0, 1, *range(2, 78, 4))),
+)
+
+_POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+)
+_POSITIVE_NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "latent_norm_eps", "rope_theta")
+_BOOLEANS = (
+    "norm_topk_prob",
+    "rope_interleave",
+    "indexer_rope_interleave",
+    "index_share_for_mtp_iteration",
+    "tie_word_embeddings",
+)
+
+
+def is_integer(value: object) -> bool:
+    """True for an int that is no bool: JSON's true must not pass as 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ranges(config: Glm5Config) -> None:
+    for name in _POSITIVE_INTEGERS:
+        value = getattr(config, name)
+        if not is_integer(value) or value < 1:
+            raise ConfigError(f"{name} = {value!r}: it must be a positive integer")
+    for name in _POSITIVE_NUMBERS:
+        value = getattr(config, name)
+        if not (is_integer(value) or isinstance(value, float)) or not (0 < value < math.inf):
+            raise ConfigError(f"{name} = {value!r}: it must be a positive, finite number")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} = {getattr(config, name)!r}: it must be true or false")
+    if config.model_type != MODEL_TYPE:
+        raise ConfigError(f"model_type = {config.model_type!r}: this library implements {MODEL_TYPE!r} ({ARCHITECTURE})")
+    if config.qk_rope_head_dim % 2:
+        raise ConfigError(f"qk_rope_head_dim = {config.qk_rope_head_dim}: it must be even, because rotary embedding turns pairs")
+    if config.index_head_dim < config.qk_rope_head_dim:
+        raise ConfigError(
+            f"index_head_dim = {config.index_head_dim} is below qk_rope_head_dim = {config.qk_rope_head_dim}: the indexer rotates "
+            "its first qk_rope_head_dim dims"
+        )
+    if config.tie_word_embeddings:
+        raise ConfigError(
+            "tie_word_embeddings = true is not supported: every GLM-5 release has an LM head of its own. Save the model with "
+            "tie_word_embeddings = false and an explicit lm_head.weight"
+        )
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise ConfigError(f"dtype = {config.dtype!r}: supported are {', '.join(DTYPES)}")
+
+
+def _check_layers(config: Glm5Config) -> None:
+    for name, kinds in (("mlp_layer_types", (DENSE, SPARSE)), ("indexer_types", (FULL, SHARED))):
+        types = getattr(config, name)
+        if len(types) != config.num_hidden_layers:
+            raise ConfigError(f"{name} lists {len(types)} layers, but num_hidden_layers = {config.num_hidden_layers}")
+        for layer, kind in enumerate(types):
+            if kind not in kinds:
+                raise ConfigError(f"{name}[{layer}] = {kind!r}: supported are {kinds[0]!r} and {kinds[1]!r}")
+    if config.indexer_types[0] != FULL:
+        raise ConfigError(
+            "indexer_types[0] = 'shared': the first layer has no layer below whose indices it could share; it must be 'full'"
+        )
+    if config.num_nextn_predict_layers not in (0, 1) or not is_integer(config.num_nextn_predict_layers):
+        raise ConfigError(
+            f"num_nextn_predict_layers = {config.num_nextn_predict_layers!r}: supported are 0 (no MTP layer) and 1, as in every GLM-5 release"
+        )
+
+
+def _check_experts(config: Glm5Config) -> None:
+    experts, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
+    if experts % groups:
+        raise ConfigError(f"n_group = {groups} does not divide n_routed_experts = {experts}")
+    if experts // groups < 2:
+        raise ConfigError(
+            f"n_group = {groups} leaves {experts // groups} expert in each group of n_routed_experts = {experts}: a group is "
+            "scored by its two best experts, so it needs two"
+        )
+    if kept > groups:
+        raise ConfigError(f"topk_group = {kept} exceeds n_group = {groups}")
+    available = kept * (experts // groups)
+    if config.num_experts_per_tok > available:
+        raise ConfigError(
+            f"num_experts_per_tok = {config.num_experts_per_tok} exceeds the {available} experts that a token can reach "
+            f"(topk_group = {kept} of n_group = {groups}, n_routed_experts = {experts})"
+        )
+
+
+def _check_tokens(config: Glm5Config) -> None:
+    named = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)]
+    named += [("eos_token_id", token) for token in config.eos_token_id]
+    for name, token in named:
+        if token is not None and not (is_integer(token) and 0 <= token < config.vocab_size):
+            raise ConfigError(f"{name} = {token!r}: a token id must be an integer from 0 to vocab_size - 1 = {config.vocab_size - 1}")
