@@ -8,7 +8,12 @@ from glm5_port.registry import Backend, Probe
 
 
 def probe() -> Probe:
-    return Probe(None, {"torch": torch.__version__, "vector instructions": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())})
+    details = {
+        "torch": str(torch.__version__),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+    return Probe(None, details)
 
 
 BACKEND = Backend(name="cpu", title="CPU", device_type="cpu", package=None, collective="gloo", order=1000, probe=probe)
