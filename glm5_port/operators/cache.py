@@ -50,19 +50,20 @@ def locate_tokens(query_starts: Tensor, lengths: Tensor, tokens: int) -> tuple[T
     return sequences, positions.masked_fill(padding, -1)
 
 
-def slots_at(block_tables: Tensor, positions: Tensor, page_size: int) -> Tensor:
+def slots_at(block_table: Tensor, sequences: Tensor, positions: Tensor, page_size: int) -> Tensor:
     """The slots of logical positions. Positions outside the table give some slot, for the caller to mask.
 
     Args:
-        block_tables: [..., N], the row of `block_table` that each list of positions looks into.
-        positions: [..., U], same leading dimensions.
+        block_table: [B, N].
+        sequences: [...], whose pages to look into.
+        positions: [..., U].
         page_size: tokens a page.
 
     Returns:
         [..., U] int64.
     """
-    places = torch.div(positions, page_size, rounding_mode="floor").clamp(0, block_tables.shape[-1] - 1)
-    pages = torch.gather(block_tables.to(torch.int64), -1, places.to(torch.int64))
+    places = torch.div(positions, page_size, rounding_mode="floor").clamp(0, block_table.shape[1] - 1).to(torch.int64)
+    pages = block_table[sequences[..., None], places].to(torch.int64)
     return pages * page_size + torch.remainder(positions, page_size)
 
 
