@@ -1,0 +1,197 @@
+"""GLM-5: embedding, decoder layers, final norm and head, composed of operators that were bound at construction.
+
+Shape legend: B sequences, S padded length, T packed tokens of a step, D hidden, R rope dims, K selected positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm5_port import operators as ops
+from glm5_port.config import Glm5Config
+from glm5_port.errors import InputError, SelectionError
+from glm5_port.model.bindings import Binder, BoundLayer
+from glm5_port.model.cache import MAX_STEP_TOKENS, Batch, PagedCache, Span
+from glm5_port.model.facts import operator_facts
+from glm5_port.model.generate import Generation, SpeculationCounts
+from glm5_port.model.layers import DecoderLayer, Norm, Step
+from glm5_port.model.mtp import MtpLayer
+from glm5_port.operators.rope import rotary_angles
+from glm5_port.selection import Selection, requested_context
+
+DEFAULT_BLOCK_SIZE = 64
+"""Rows of a cache page unless the caller says otherwise: what CUDA kernels read; Ascend prefers 128."""
+
+
+class Glm5Model(Generation, nn.Module):
+    """A GLM-5 model. Build it with `glm5_port.load`, or with `glm5_port.model.load.build` from tensors of your own.
+
+    Attributes:
+        config: the architecture, with the latent-norm eps that was asked for.
+        backend: name of the backend that it was put on.
+        device, dtype: where and in what it computes.
+        cache_format, block_size, max_context: how it caches.
+        mtp: the draft layer, or None.
+    """
+
+    def __init__(
+        self,
+        config: Glm5Config,
+        *,
+        backend: str,
+        requested: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache_format: str = "plain",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        max_context: int | None = None,
+        mtp: bool = False,
+        trainable: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.device = device
+        self.dtype = dtype
+        self.cache_format = cache_format
+        self.block_size = block_size
+        self.max_context = max_context or config.max_position_embeddings
+        self.trainable = trainable
+        self.stop_ids = config.eos_token_id
+        self.speculation = SpeculationCounts()
+        self._context_at_construction = requested_context()
+        self.binder = bind = Binder(
+            backend=requested,
+            device=device,
+            dtype=dtype,
+            trainable=trainable,
+            implementation=implementation,
+            limits={"max_tokens": MAX_STEP_TOKENS, "max_context": self.max_context},
+            facts=operator_facts(config, cache_format=cache_format, page_size=block_size),
+        )
+        self.dense_attention = self.max_context <= config.index_topk
+        common: dict[str, Any] = {"dense_attention": self.dense_attention, "cache_format": cache_format}
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, bind, is_moe=config.is_moe(i), owns_indexer=config.owns_indexer(i), **common)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = Norm(config, bind)
+        self.head = BoundLayer(bind(ops.linear))
+        self.embedding: nn.Parameter | None = None  # set while loading
+        self.mtp = MtpLayer(config, bind, **common) if mtp else None
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, tokens_T: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+        """Runs the trunk over one step's packed tokens, writing the cache.
+
+        Returns:
+            [T, D] hidden states after the final norm.
+        """
+        if (context := requested_context()) != self._context_at_construction and context is not None:
+            raise SelectionError(
+                f"use_backend({context!r}) around a model that is built already has no effect: its operators were bound at "
+                f"construction ({self.backend}).\n  Use model.rebind(operator, implementation), or load the model inside the context."
+            )
+        step = self.locate(batch)
+        block_TD = F.embedding(tokens_T, self._embedding())
+        residual_TD = torch.zeros_like(block_TD)  # the embedding enters as a block output, so that every norm has one form
+        indices_TK: Tensor | None = None
+        for number, layer in enumerate(self.layers):
+            shared = None if self.config.owns_indexer(number) else indices_TK
+            block_TD, residual_TD, indices_TK = layer(block_TD, residual_TD, step, cache.layers[number], shared)
+        return self.norm(block_TD, residual_TD)[0]
+
+    def locate(self, batch: Batch) -> Step:
+        """Computes the rotary angles of a step's tokens, once for all layers."""
+        cos_TR, sin_TR = rotary_angles(batch.positions_T, self.config.rope_theta, self.config.qk_rope_head_dim)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return Step(batch, cos_TR.to(wide), sin_TR.to(wide))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] hidden states after a final norm -> [..., vocab]."""
+        return self.head(hidden)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T, self._embedding())
+
+    def _embedding(self) -> Tensor:
+        if self.embedding is None:
+            raise InputError("this model has no weights yet: build it with glm5_port.load(path)")
+        return self.embedding
+
+    def new_cache(self, tokens: Sequence[int]) -> PagedCache:
+        """A cache with room for sequences of the given final lengths."""
+        index_layers = [self.config.owns_indexer(i) and not self.dense_attention for i in range(self.config.num_hidden_layers)]
+        if self.mtp is not None:
+            index_layers.append(not self.dense_attention)
+        return PagedCache(
+            self.config,
+            index_layers=index_layers,
+            cache_format=self.cache_format,
+            pages=max(1, sum(-(-n // self.block_size) for n in tokens)),
+            page_size=self.block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    # -- whole sequences -----------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Logits of every position, without keeping a cache.
+
+        Args:
+            input_ids: [B, S] token ids, padded on the right where lengths differ.
+            lengths: tokens of each row; None means all S.
+
+        Returns:
+            [B, S, vocab] in the model's dtype; rows beyond a sequence's length are zero.
+
+        Raises:
+            InputError: wrong shape, ids outside the vocabulary, or more positions than max_context.
+        """
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}; wrap a single sequence in a batch of one")
+        lengths = [input_ids.shape[1]] * input_ids.shape[0] if lengths is None else list(lengths)
+        if len(lengths) != input_ids.shape[0] or not all(0 <= n <= input_ids.shape[1] for n in lengths):
+            raise InputError(f"lengths={lengths} does not fit input_ids of shape {tuple(input_ids.shape)}")
+        self.check_tokens(input_ids, longest=max(lengths, default=0))
+        cache = self.new_cache(lengths)
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size, dtype=self.dtype, device=self.device)
+        for row, length in enumerate(lengths):
+            sequence = cache.open()
+            for start in range(0, length, MAX_STEP_TOKENS):
+                stop = min(start + MAX_STEP_TOKENS, length)
+                tokens_T = input_ids[row, start:stop].to(self.device)
+                hidden_TD = self.step(tokens_T, cache.batch([Span(sequence, start, stop - start)]), cache)
+                logits[row, start:stop] = self.logits(hidden_TD)
+        return logits
+
+    def check_tokens(self, input_ids: Tensor, *, longest: int) -> None:
+        """Raises InputError for ids outside the vocabulary or sequences beyond max_context."""
+        if longest > self.max_context:
+            raise InputError(
+                f"{longest} positions were asked for, this model was loaded for max_context={self.max_context}\n"
+                f"  Load it with a larger max_context (its config allows {self.config.max_position_embeddings})."
+            )
+        if input_ids.numel() and not (0 <= int(input_ids.min()) and int(input_ids.max()) < self.config.vocab_size):
+            raise InputError(
+                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {int(input_ids.min())}..{int(input_ids.max())}"
+            )
+
+    # -- decisions -----------------------------------------------------------------------------------------------------
+
+    def decisions(self) -> list[Selection]:
+        """The decision record of every distinct binding."""
+        return self.binder.decisions()
+
+    def rebind(self, operator: str, implementation: str) -> int:
+        """Changes a choice after construction; see `Binder.rebind`."""
+        return self.binder.rebind(operator, implementation)
+

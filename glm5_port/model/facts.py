@@ -1,0 +1,83 @@
+"""The static facts of a GLM-5 model, operator by operator: what a choice may depend on, and `explain` assumes by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm5_port.config import Glm5Config
+
+
+def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> dict[str, dict[str, Any]]:
+    """Operator name -> fact name -> value, for everything a model binds and for the operators that tools bind.
+
+    Where one operator is used at several widths (`rms_norm`, `linear`, `gated_mlp`), the entry is its largest use and layers
+    override what differs.
+    """
+    width = {"width": config.hidden_size}
+    attention = {
+        "heads": config.num_attention_heads,
+        "latent_dim": config.kv_lora_rank,
+        "rope_dim": config.qk_rope_head_dim,
+        "page_size": page_size,
+        "cache_format": cache_format,
+    }
+    project = {
+        **width,
+        "query_latent_dim": config.q_lora_rank,
+        "latent_dim": config.kv_lora_rank,
+        "rope_dim": config.qk_rope_head_dim,
+        "rope_interleaved": config.rope_interleave,
+        "heads": config.num_attention_heads,
+        "nope_dim": config.qk_nope_head_dim,
+    }
+    values = {"heads": config.num_attention_heads, "value_dim": config.v_head_dim, "latent_dim": config.kv_lora_rank}
+    scores = {
+        "heads": config.index_n_heads,
+        "head_dim": config.index_head_dim,
+        "page_size": page_size,
+        "cache_format": cache_format,
+    }
+    experts = {**width, "experts": config.n_routed_experts, "top_k": config.num_experts_per_tok}
+    return {
+        "rms_norm": width,
+        "add_rms_norm": width,
+        "rotate": {
+            "head_dim": config.qk_rope_head_dim,
+            "rope_dim": config.qk_rope_head_dim,
+            "interleaved": config.rope_interleave,
+            "start": 0,
+        },
+        "linear": {"width_in": config.hidden_size, "width_out": config.vocab_size},
+        "gated_mlp": {**width, "width_between": config.intermediate_size},
+        "mla_project": project,
+        "mla_prologue": project,
+        "mla_prologue_into_cache": {**project, "page_size": page_size, "cache_format": cache_format},
+        "write_cache": {
+            "kind": "latent",
+            "widths": (config.kv_lora_rank, config.qk_rope_head_dim),
+            "page_size": page_size,
+            "cache_format": cache_format,
+        },
+        "mla_attention_expanded": {**attention, "nope_dim": config.qk_nope_head_dim, "value_dim": config.v_head_dim},
+        "mla_attention_absorbed": attention,
+        "sparse_mla_attention": {**attention, "top_k": config.index_topk},
+        "attention_output": {**values, **width},
+        "indexer_prologue": {
+            **width,
+            "query_latent_dim": config.q_lora_rank,
+            "heads": config.index_n_heads,
+            "head_dim": config.index_head_dim,
+            "rope_dim": config.qk_rope_head_dim,
+            "rope_interleaved": config.indexer_rope_interleave,
+        },
+        "indexer_scores": scores,
+        "select_top_k": {"top_k": config.index_topk},
+        "lightning_indexer": {**scores, "top_k": config.index_topk},
+        "route_experts": {
+            **experts,
+            "groups": config.n_group,
+            "groups_kept": config.topk_group,
+            "renormalise": config.norm_topk_prob,
+        },
+        "expert_mlp": {**experts, "width_between": config.moe_intermediate_size},
+    }

@@ -1,0 +1,253 @@
+"""The parts of a GLM-5 decoder layer, composed of operators. No device is named here.
+
+Shape legend: T packed tokens of a step, D hidden, H heads, C latent (512), R rope dims (64), V value dims, Q query latent (2048),
+J index heads, X index dims, K selected positions or experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from glm5_port import operators as ops
+from glm5_port.config import Glm5Config
+from glm5_port.model.bindings import Binder, BoundLayer
+from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one forward step shares.
+
+    Attributes:
+        batch: where the tokens stand.
+        cos_TR, sin_TR: rotary angles of the tokens, [T, R/2].
+    """
+
+    batch: Batch
+    cos_TR: Tensor
+    sin_TR: Tensor
+
+
+class Indexer(nn.Module):
+    """Computes this layer's index keys, stores them, and selects the positions that attention may read."""
+
+    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
+        super().__init__()
+        self.project = BoundLayer(bind(ops.indexer_prologue))
+        self.write = bind(ops.write_cache, kind="index", widths=(config.index_head_dim,))
+        self.select = {phase: bind(ops.lightning_indexer, phase=phase) for phase in (PREFILL, DECODE)}
+        self.top_k = config.index_topk
+        self.k_norm_eps = config.index_norm_eps
+        self.rope_interleaved = config.indexer_rope_interleave
+        self.cache_format = cache_format
+
+    def forward(self, hidden_TD: Tensor, query_residual_TQ: Tensor, step: Step, index_cache: list[Tensor]) -> Tensor:
+        index_query_TJX, index_key_TX, head_weights_TJ = self.project(
+            hidden=hidden_TD,
+            query_residual=query_residual_TQ,
+            cos=step.cos_TR,
+            sin=step.sin_TR,
+            k_norm_eps=self.k_norm_eps,
+            rope_interleaved=self.rope_interleaved,
+        )
+        batch = step.batch
+        self.write([index_key_TX], index_cache, batch.slots_T, cache_format=self.cache_format)
+        return self.select[batch.phase](
+            index_query_TJX,
+            head_weights_TJ,
+            index_cache,
+            batch.block_table_BN,
+            batch.query_starts_B1,
+            batch.lengths_B,
+            top_k=self.top_k,
+            cache_format=self.cache_format,
+        )
+
+
+class SparseAttention(nn.Module):
+    """MLA in absorbed form over the positions that this layer's indexer, or an earlier layer's (IndexShare), selected."""
+
+    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str, *, owns_indexer: bool) -> None:
+        super().__init__()
+        self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
+        self.attend = {phase: bind(ops.sparse_mla_attention, phase=phase) for phase in (PREFILL, DECODE)}
+        self.output = BoundLayer(bind(ops.attention_output))
+        self.indexer = Indexer(config, bind, cache_format) if owns_indexer else None
+        self.latent_norm_eps = config.latent_norm_eps
+        self.rope_interleaved = config.rope_interleave
+        self.scale = config.softmax_scale
+        self.cache_format = cache_format
+
+    def forward(self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        batch = step.batch
+        query_latent_THC, query_rope_THR, query_residual_TQ = self.prologue(
+            hidden=hidden_TD,
+            cos=step.cos_TR,
+            sin=step.sin_TR,
+            latent_cache=cache.latent,
+            slots=batch.slots_T,
+            latent_norm_eps=self.latent_norm_eps,
+            rope_interleaved=self.rope_interleaved,
+            cache_format=self.cache_format,
+        )
+        if self.indexer is not None and cache.index is not None and indices_TK is None:
+            indices_TK = self.indexer(hidden_TD, query_residual_TQ, step, cache.index)
+        latent_out_THC = self.attend[batch.phase](
+            query_latent_THC,
+            query_rope_THR,
+            cache.latent,
+            indices_TK,
+            batch.block_table_BN,
+            batch.query_starts_B1,
+            batch.lengths_B,
+            scale=self.scale,
+            cache_format=self.cache_format,
+        )
+        return self.output(latent_out=latent_out_THC), indices_TK
+
+
+class DenseAttention(nn.Module):
+    """MLA over every earlier position: the same function as `SparseAttention` when the declared context fits into index_topk,
+    where selection keeps everything. Expanded heads in prefill, the absorbed form in decode. Needs no indexer."""
+
+    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
+        super().__init__()
+        self.project = BoundLayer(bind(ops.mla_project))
+        self.write = bind(ops.write_cache)
+        self.expanded = BoundLayer(bind(ops.mla_attention_expanded, phase=PREFILL))
+        self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
+        self.absorbed = bind(ops.mla_attention_absorbed, phase=DECODE)
+        self.expanded_output = BoundLayer(
+            bind(ops.linear, width_in=config.num_attention_heads * config.v_head_dim, width_out=config.hidden_size)
+        )
+        self.absorbed_output = BoundLayer(bind(ops.attention_output))
+        self.nope_dim = config.qk_nope_head_dim
+        self.latent_norm_eps = config.latent_norm_eps
+        self.rope_interleaved = config.rope_interleave
+        self.scale = config.softmax_scale
+        self.cache_format = cache_format
+
+    def forward(self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        attend = self._decode if step.batch.phase == DECODE else self._prefill
+        return attend(hidden_TD, step, cache), None
+
+    def _prefill(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        batch = step.batch
+        query_nope_THN, query_rope_THR, latent_TC, rope_key_TR, _ = self.project(
+            hidden=hidden_TD,
+            cos=step.cos_TR,
+            sin=step.sin_TR,
+            latent_norm_eps=self.latent_norm_eps,
+            rope_interleaved=self.rope_interleaved,
+            nope_dim=self.nope_dim,
+        )
+        self.write([latent_TC, rope_key_TR], cache.latent, batch.slots_T, cache_format=self.cache_format)
+        out_THV = self.expanded(
+            query_nope=query_nope_THN,
+            query_rope=query_rope_THR,
+            latent_cache=cache.latent,
+            block_table=batch.block_table_BN,
+            query_starts=batch.query_starts_B1,
+            lengths=batch.lengths_B,
+            scale=self.scale,
+            cache_format=self.cache_format,
+        )
+        return self.expanded_output(out_THV.flatten(1))
+
+    def _decode(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        batch = step.batch
+        query_latent_THC, query_rope_THR, _ = self.prologue(
+            hidden=hidden_TD,
+            cos=step.cos_TR,
+            sin=step.sin_TR,
+            latent_cache=cache.latent,
+            slots=batch.slots_T,
+            latent_norm_eps=self.latent_norm_eps,
+            rope_interleaved=self.rope_interleaved,
+            cache_format=self.cache_format,
+        )
+        latent_out_THC = self.absorbed(
+            query_latent_THC,
+            query_rope_THR,
+            cache.latent,
+            batch.block_table_BN,
+            batch.query_starts_B1,
+            batch.lengths_B,
+            scale=self.scale,
+            cache_format=self.cache_format,
+        )
+        return self.absorbed_output(latent_out=latent_out_THC)
+
+
+class DenseMlp(nn.Module):
+    """The gated MLP of the first layers."""
+
+    def __init__(self, config: Glm5Config, bind: Binder) -> None:
+        super().__init__()
+        self.mlp = BoundLayer(bind(ops.gated_mlp))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.mlp(hidden_TD)
+
+
+class MoeMlp(nn.Module):
+    """Routed experts plus the shared expert, which is neither gated nor scaled."""
+
+    def __init__(self, config: Glm5Config, bind: Binder) -> None:
+        super().__init__()
+        self.route = BoundLayer(bind(ops.route_experts))
+        self.experts = BoundLayer(bind(ops.expert_mlp))
+        self.shared = BoundLayer(bind(ops.gated_mlp, width_between=config.shared_intermediate_size))
+        self.routing = {
+            "top_k": config.num_experts_per_tok,
+            "groups": config.n_group,
+            "groups_kept": config.topk_group,
+            "renormalise": config.norm_topk_prob,
+            "scale": config.routed_scaling_factor,
+        }
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        route_weights_TK, ids_TK = self.route(hidden=hidden_TD, **self.routing)
+        routed_TD = self.experts(hidden=hidden_TD, route_weights=route_weights_TK, ids=ids_TK)
+        return routed_TD + self.shared(hidden_TD)
+
+
+class DecoderLayer(nn.Module):
+    """norm, attention, norm, MLP around a residual stream that is carried as (block output, residual)."""
+
+    def __init__(
+        self, config: Glm5Config, bind: Binder, *, is_moe: bool, owns_indexer: bool, dense_attention: bool, cache_format: str
+    ) -> None:
+        super().__init__()
+        self.input_norm = Norm(config, bind)
+        if dense_attention:
+            self.attention: nn.Module = DenseAttention(config, bind, cache_format)
+        else:
+            self.attention = SparseAttention(config, bind, cache_format, owns_indexer=owns_indexer)
+        self.attention_norm = Norm(config, bind)
+        self.mlp: nn.Module = MoeMlp(config, bind) if is_moe else DenseMlp(config, bind)
+
+    def forward(
+        self, block_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Args: block_TD, the previous block's output, not yet added to residual_TD; indices_TK, an earlier layer's selection
+        or None. Returns: this layer's MLP output, the residual before it, and the selection that the next layer may share."""
+        normed_TD, residual_TD = self.input_norm(block_TD, residual_TD)
+        attention_TD, indices_TK = self.attention(normed_TD, step, cache, indices_TK)
+        normed_TD, residual_TD = self.attention_norm(attention_TD, residual_TD)
+        return self.mlp(normed_TD), residual_TD, indices_TK
+
+
+class Norm(nn.Module):
+    """add_rms_norm with the block eps: adds the block's output to the residual and normalises the sum."""
+
+    def __init__(self, config: Glm5Config, bind: Binder) -> None:
+        super().__init__()
+        self.add_norm = BoundLayer(bind(ops.add_rms_norm))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, block_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        normed_TD, total_TD = self.add_norm(x=block_TD, residual=residual_TD, eps=self.eps)
+        return normed_TD, total_TD
+

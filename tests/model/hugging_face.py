@@ -1,0 +1,101 @@
+"""Tiny random GlmMoeDsaForCausalLM models of Hugging Face transformers, saved as checkpoints: the outside truth.
+
+Weights are spread so that every part matters: projections of unit gain, norms and the router's bias away from their neutral
+initial values. Stated in one place, because a model with initial biases of zero would hide half of the traps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
+
+from glm5_port.testing.tiny import TINY
+
+SMALL: dict[str, Any] = {
+    **TINY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "index_head_dim": 32,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def make(directory: Path, *, seed: int = 0, **changes: Any) -> GlmMoeDsaForCausalLM:
+    """Writes a random float32 checkpoint to `directory` and returns the model that was saved."""
+    fields = {key: value for key, value in {**SMALL, **changes}.items() if key not in ("architectures", "model_type", "dtype")}
+    torch.manual_seed(seed)
+    config = GlmMoeDsaConfig(**fields)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = GlmMoeDsaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.2)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
+    model.save_pretrained(directory)
+    return model
+
+
+def set_latent_eps(model: GlmMoeDsaForCausalLM, eps: float) -> None:
+    """Gives the two latent norms another eps than Hugging Face's fixed 1e-6."""
+    for layer in model.model.layers:
+        layer.self_attn.q_a_layernorm.variance_epsilon = eps
+        layer.self_attn.kv_a_layernorm.variance_epsilon = eps
+
+
+@contextlib.contextmanager
+def watch_selection() -> Iterator[list[Tensor]]:
+    """Collects what every indexer of the model selects, in call order: [B, S, k] each."""
+    seen: list[Tensor] = []
+    original = modeling.GlmMoeDsaIndexer.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        result = original(self, *args, **kwargs)
+        seen.append(result)
+        return result
+
+    modeling.GlmMoeDsaIndexer.forward = forward
+    try:
+        yield seen
+    finally:
+        modeling.GlmMoeDsaIndexer.forward = original
+
+
+@contextlib.contextmanager
+def stable_top_k() -> Iterator[None]:
+    """Replaces torch.topk inside the model's code by a stable sort, which keeps the lowest position first among equals:
+    the tie rule of this library."""
+
+    class Torch:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def topk(x: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, Tensor]:
+            values, indices = torch.sort(x, dim=dim, descending=True, stable=True)
+            return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+
+    original = modeling.torch
+    modeling.torch = Torch()
+    try:
+        yield
+    finally:
+        modeling.torch = original
