@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from glm5_port.errors import ConfigError
+from glm5_port.errors import ConfigError, InputError
 
 MODEL_TYPE = "glm_moe_dsa"
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
@@ -162,7 +162,7 @@ class Glm5Config:
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^(-1/2), for the expanded and the absorbed form alike."""
-        return self.qk_head_dim**-0.5
+        return 1 / math.sqrt(self.qk_head_dim)
 
     @property
     def index_norm_eps(self) -> float:
@@ -213,7 +213,8 @@ class Glm5Config:
             return kinds[layer]
         if layer == self.mtp_layer:
             return of_mtp
-        raise ValueError(f"layer {layer} does not exist: the layers are 0 to {self.num_hidden_layers + self.num_nextn_predict_layers - 1}")
+        last = self.num_hidden_layers + self.num_nextn_predict_layers - 1
+        raise InputError(f"layer {layer} does not exist: the layers are 0 to {last}")
 
     @property
     def family_member(self) -> str:
@@ -315,8 +316,8 @@ def _check_ranges(config: Glm5Config) -> None:
         raise ConfigError(f"qk_rope_head_dim = {config.qk_rope_head_dim}: it must be even, because rotary embedding turns pairs")
     if config.index_head_dim < config.qk_rope_head_dim:
         raise ConfigError(
-            f"index_head_dim = {config.index_head_dim} is below qk_rope_head_dim = {config.qk_rope_head_dim}: the indexer rotates "
-            "its first qk_rope_head_dim dims"
+            f"index_head_dim = {config.index_head_dim} is below qk_rope_head_dim = {config.qk_rope_head_dim}: the indexer "
+            "rotates its first qk_rope_head_dim dims"
         )
     if config.tie_word_embeddings:
         raise ConfigError(
@@ -341,7 +342,8 @@ def _check_layers(config: Glm5Config) -> None:
         )
     if config.num_nextn_predict_layers not in (0, 1) or not is_integer(config.num_nextn_predict_layers):
         raise ConfigError(
-            f"num_nextn_predict_layers = {config.num_nextn_predict_layers!r}: supported are 0 (no MTP layer) and 1, as in every GLM-5 release"
+            f"num_nextn_predict_layers = {config.num_nextn_predict_layers!r}: supported are 0 (no MTP layer) and 1, as in every "
+            "GLM-5 release"
         )
 
 
@@ -369,4 +371,4 @@ def _check_tokens(config: Glm5Config) -> None:
     named += [("eos_token_id", token) for token in config.eos_token_id]
     for name, token in named:
         if token is not None and not (is_integer(token) and 0 <= token < config.vocab_size):
-            raise ConfigError(f"{name} = {token!r}: a token id must be an integer from 0 to vocab_size - 1 = {config.vocab_size - 1}")
+            raise ConfigError(f"{name} = {token!r}: a token id is an integer from 0 to vocab_size - 1 = {config.vocab_size - 1}")

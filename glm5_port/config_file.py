@@ -23,6 +23,11 @@ from typing import Any
 from glm5_port.config import ARCHITECTURE, DENSE, FULL, MODEL_TYPE, SHARED, SPARSE, BlockFp8, is_integer
 from glm5_port.errors import ConfigError, did_you_mean
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -56,11 +61,13 @@ _OPTIONAL: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-_DERIVED = frozenset(
-    "model_type architectures n_routed_experts num_experts num_local_experts latent_norm_eps rope_parameters rope_theta "
-    "rope_scaling rope_interleave indexer_rope_interleave mlp_layer_types first_k_dense_replace indexer_types "
-    "index_topk_pattern index_topk_freq index_skip_topk_offset num_key_value_heads qk_head_dim layer_types eos_token_id "
-    "dtype torch_dtype quantization_config compression_config".split()
+_DERIVED = _words(
+    """
+    model_type architectures n_routed_experts num_experts num_local_experts latent_norm_eps rope_parameters rope_theta
+    rope_scaling rope_interleave indexer_rope_interleave mlp_layer_types first_k_dense_replace indexer_types
+    index_topk_pattern index_topk_freq index_skip_topk_offset num_key_value_heads qk_head_dim layer_types eos_token_id
+    dtype torch_dtype quantization_config compression_config
+    """
 )
 # key -> the only value that the architecture has. transformers hard-codes each of them or has it as the class default.
 _FIXED: dict[str, Any] = {
@@ -73,26 +80,33 @@ _FIXED: dict[str, Any] = {
     "moe_router_dtype": "float32",
     "partial_rotary_factor": 1.0,
 }
+_PLAIN_ROTARY: dict[str, Any] = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 # Training only (dropout, losses, initialisation), how Hugging Face runs or labels a model, and layouts of a deployment.
 # head_dim is here because it says 64 in GLM-5 and 192 in GLM-5.2, and every implementation ignores it.
-_HARMLESS = frozenset(
-    "head_dim attention_dropout initializer_range output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux ep_size "
-    "pretraining_tp use_cache transformers_version _name_or_path name_or_path return_dict output_hidden_states "
-    "output_attentions chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type auto_map "
-    "_attn_implementation attn_implementation _experts_implementation experts_implementation tokenizer_class task_specific_params "
-    "torchscript use_mtp".split()
+_HARMLESS = _words(
+    """
+    head_dim attention_dropout initializer_range output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux
+    ep_size pretraining_tp use_cache transformers_version _name_or_path name_or_path return_dict output_hidden_states
+    output_attentions chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type auto_map
+    _attn_implementation attn_implementation _experts_implementation experts_implementation tokenizer_class
+    task_specific_params torchscript use_mtp
+    """
 )
 # Keys of relatives of this architecture that change what is computed.
-_FOREIGN = frozenset(
-    "sliding_window use_sliding_window attn_logit_softcapping final_logit_softcapping logit_scale embedding_multiplier "
-    "residual_multiplier attention_multiplier swiglu_limit index_kpool linear_attn_config hc_mult hc_sinkhorn_iters num_nextn "
-    "zero_expert_num use_qk_norm qk_layernorm moe_latent_size cli_factor rope_head_dim mrope_section text_config vision_config".split()
+_FOREIGN = _words(
+    """
+    sliding_window use_sliding_window attn_logit_softcapping final_logit_softcapping logit_scale embedding_multiplier
+    residual_multiplier attention_multiplier swiglu_limit index_kpool linear_attn_config hc_mult hc_sinkhorn_iters
+    num_nextn zero_expert_num use_qk_norm qk_layernorm moe_latent_size cli_factor rope_head_dim mrope_section
+    text_config vision_config
+    """
 )
 
 _OTHER_MODELS = {
     "glm5_next": "GLM-5.3-Flash: linear attention (KDA) in three of four layers, hyper-connections, pooled index keys and no "
     "rotary embedding. It shares the name GLM-5 and none of these layers",
-    "deepseek_v32": "DeepSeek-V3.2: the same blocks, but its indexer rotates half-split pairs and its rotary embedding is scaled (YaRN)",
+    "deepseek_v32": "DeepSeek-V3.2: similar blocks, but its indexer rotates half-split pairs and its rotary embedding is "
+    "scaled (YaRN)",
     "deepseek_v3": "DeepSeek-V3 / R1: multi-head latent attention without a lightning indexer",
     "deepseek_v4": "DeepSeek-V4: another attention",
     "glm4": "GLM-4: a dense model with grouped-query attention",
@@ -113,7 +127,8 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}\n  expected: a config.json, or a directory that holds one") from error
+        expected = "expected: a config.json, or a directory that holds one"
+        raise ConfigError(f"cannot read {file}: {error.strerror}\n  {expected}") from error
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise ConfigError(f"{file}: {error}") from error
@@ -174,7 +189,8 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
         what = _OTHER_MODELS.get(model_type, "an architecture that this library does not implement")
         near = did_you_mean(str(model_type), [MODEL_TYPE]) if model_type not in _OTHER_MODELS else ""
         raise ConfigError(
-            f"model_type = {model_type!r} is {what}{near}\n  supported: {MODEL_TYPE!r} ({ARCHITECTURE}), which is GLM-5, 5.1, 5.2 and 5.3"
+            f"model_type = {model_type!r} is {what}{near}\n"
+            f"  supported: {MODEL_TYPE!r} ({ARCHITECTURE}), which is GLM-5, 5.1, 5.2 and 5.3"
         )
     architectures = raw.get("architectures") or [ARCHITECTURE]
     if list(architectures) != [ARCHITECTURE]:
@@ -188,8 +204,8 @@ def _check_fixed(given: Mapping[str, Any]) -> None:
     heads = given["num_attention_heads"]
     if given.get("num_key_value_heads", heads) != heads:
         raise ConfigError(
-            f"num_key_value_heads = {given['num_key_value_heads']!r} differs from num_attention_heads = {heads!r}: latent attention has one key "
-            "and value head for each query head"
+            f"num_key_value_heads = {given['num_key_value_heads']!r} differs from num_attention_heads = {heads!r}: latent "
+            "attention has one key and value head for each query head"
         )
     nope, rope = given["qk_nope_head_dim"], given["qk_rope_head_dim"]
     if "qk_head_dim" in given and is_integer(nope) and is_integer(rope) and given["qk_head_dim"] != nope + rope:
@@ -197,9 +213,10 @@ def _check_fixed(given: Mapping[str, Any]) -> None:
     if "layer_types" in given:
         types, layers = _names(given, "layer_types"), given["num_hidden_layers"]
         foreign = sorted(set(types) - {"indexed_attention", "deepseek_sparse_attention"})  # the second is the older name
-        if foreign or len(types) != layers:
-            found = f"holds {', '.join(map(repr, foreign))}" if foreign else f"lists {len(types)} layers, but num_hidden_layers = {layers!r}"
-            raise ConfigError(f"layer_types {found}: every layer of {ARCHITECTURE} is 'indexed_attention' ('deepseek_sparse_attention')")
+        if foreign:
+            raise ConfigError(f"layer_types holds {foreign}: every layer of {ARCHITECTURE} is 'indexed_attention'")
+        if len(types) != layers:
+            raise ConfigError(f"layer_types lists {len(types)} layers, but num_hidden_layers = {layers!r}")
 
 
 def _agreed(given: Mapping[str, Any], names: Iterable[str]) -> Any:
@@ -227,21 +244,21 @@ def _rope_theta(given: Mapping[str, Any]) -> Any:
     for name in ("rope_parameters", "rope_scaling"):
         parameters = given.get(name, {})
         if not isinstance(parameters, Mapping):
-            raise ConfigError(f"{name} = {parameters!r}: it must be an object such as {{'rope_theta': 8000000, 'rope_type': 'default'}}")
+            example = {"rope_theta": 8000000, "rope_type": "default"}
+            raise ConfigError(f"{name} = {parameters!r}: it must be an object such as {example}")
         for key, value in parameters.items():
-            if key == "rope_theta":
+            if key == "rope_theta" and value is not None:
                 found[f"{name}.rope_theta"] = value
-            elif key in ("rope_type", "type") and value != "default":
-                raise ConfigError(f"{name}.{key} = {value!r} is not supported: {ARCHITECTURE} uses rotary embedding without scaling ('default')")
-            elif key == "partial_rotary_factor" and value != 1:
-                raise ConfigError(f"{name}.{key} = {value!r} is not supported: all of qk_rope_head_dim is rotated")
-            elif key not in ("rope_type", "type", "partial_rotary_factor") and value is not None:
-                raise ConfigError(f"{name}.{key} = {value!r} is not supported: plain rotary embedding has rope_theta and nothing else")
+            elif value is not None and value != _PLAIN_ROTARY.get(key):
+                raise ConfigError(
+                    f"{name}.{key} = {value!r} is not supported: {ARCHITECTURE} has plain rotary embedding, whose only "
+                    "parameters are rope_theta and rope_type = 'default'"
+                )
     theta = _agreed(found, found)
     if theta is None:
         raise ConfigError(
-            "config.json names no rope_theta, neither in rope_parameters nor at the top level: it is 1e6 in GLM-5 and 8e6 in GLM-5.2, "
-            "and the class default of transformers (1e4) fits no release, so it is never guessed"
+            "config.json names no rope_theta, neither in rope_parameters nor at the top level: it is 1e6 in GLM-5, 8e6 in "
+            "GLM-5.2, and 1e4 in transformers' class, which fits no release; it is never guessed"
         )
     return theta
 
@@ -250,7 +267,8 @@ def _interleaved(given: Mapping[str, Any], name: str, notes: list[str]) -> Any:
     """The layout of rotary pairs. Absent means interleaved because model_type says glm_moe_dsa: transformers' class of that
     name hard-codes interleaved pairs in both places and does not write the fields, and every released config says true."""
     if name not in given:
-        notes.append(f"{name} is absent: interleaved, as {ARCHITECTURE} is defined; vLLM and SGLang read an absent indexer_rope_interleave as half-split")
+        engines = "; vLLM and SGLang read its absence as half-split" if name == "indexer_rope_interleave" else ""
+        notes.append(f"{name} is absent: interleaved, as the class {ARCHITECTURE} is defined{engines}")
     return given.get(name, True)
 
 
@@ -262,7 +280,9 @@ def _mlp_layer_types(given: Mapping[str, Any], layers: int) -> tuple[str, ...]:
         raise ConfigError(f"first_k_dense_replace = {dense!r}: it must be an integer from 0")
     if "mlp_layer_types" not in given:
         if dense is None:
-            raise ConfigError("config.json names neither mlp_layer_types nor first_k_dense_replace: which layers are dense is never guessed")
+            raise ConfigError(
+                "config.json names neither mlp_layer_types nor first_k_dense_replace: which layers are dense is never guessed"
+            )
         return (DENSE,) * min(dense, layers) + (SPARSE,) * max(layers - dense, 0)
     types = _names(given, "mlp_layer_types")
     leading = next((layer for layer, kind in enumerate(types) if kind != DENSE), len(types))
@@ -299,13 +319,17 @@ def _indexer_types(given: Mapping[str, Any], layers: int, notes: list[str]) -> t
 
 def _pattern(pattern: Any, layers: int) -> tuple[str, ...]:
     letters = {"F": FULL, "S": SHARED}
-    if isinstance(pattern, list | tuple):
-        return tuple(pattern)
-    if not isinstance(pattern, str) or set(pattern) - set(letters):
-        raise ConfigError(f"index_topk_pattern = {pattern!r}: it must be a string of F (full) and S (shared), one letter for each layer")
-    if len(pattern) != layers:
-        raise ConfigError(f"index_topk_pattern has {len(pattern)} letters, but num_hidden_layers = {layers}")
-    return tuple(letters[letter] for letter in pattern)
+    if isinstance(pattern, list | tuple) and set(pattern) <= set(letters.values()):
+        types: tuple[str, ...] = tuple(pattern)
+    elif isinstance(pattern, str) and set(pattern) <= set(letters):
+        types = tuple(letters[letter] for letter in pattern)
+    else:
+        raise ConfigError(
+            f"index_topk_pattern = {pattern!r}: it must be a string of F (full) and S (shared), or a list of 'full' and 'shared'"
+        )
+    if len(types) != layers:
+        raise ConfigError(f"index_topk_pattern covers {len(types)} layers, but num_hidden_layers = {layers}")
+    return types
 
 
 def _names(given: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -319,9 +343,25 @@ def _tokens(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+_QUANTIZATION_SUPPORT = (
+    "supported: bf16, fp16 and fp32 checkpoints, and block-FP8 (quant_method 'fp8'); use the bf16 or FP8 release of the model"
+)
+# dequantize says how transformers runs the checkpoint, scale_fmt how the multipliers were rounded: the bytes mean the same.
+_FP8_KEYS = (
+    "quant_method",
+    "fmt",
+    "activation_scheme",
+    "expert_dtype",
+    "weight_block_size",
+    "modules_to_not_convert",
+    "dequantize",
+    "scale_fmt",
+)
+
+
 def _quantization(given: Mapping[str, Any]) -> BlockFp8 | None:
     if "compression_config" in given:
-        raise ConfigError("compression_config is not supported: of quantised checkpoints only block-FP8 (quantization_config, quant_method 'fp8') is read")
+        raise ConfigError(f"compression_config is not supported\n  {_QUANTIZATION_SUPPORT}")
     if "quantization_config" not in given:
         return None
     raw = given["quantization_config"]
@@ -329,16 +369,18 @@ def _quantization(given: Mapping[str, Any]) -> BlockFp8 | None:
         raise ConfigError(f"quantization_config = {raw!r}: it must be an object")
     method = raw.get("quant_method")
     if method != "fp8":
-        raise ConfigError(
-            f"quantization_config.quant_method = {method!r} is not supported: this version reads bf16, fp16 and fp32 checkpoints and block-FP8 "
-            "('fp8'). Use the bf16 or FP8 release of the model"
-        )
-    for name, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+        raise ConfigError(f"quantization_config.quant_method = {method!r} is not supported\n  {_QUANTIZATION_SUPPORT}")
+    for name, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
         if raw.get(name, only) != only:
-            raise ConfigError(f"quantization_config.{name} = {raw[name]!r} is not supported: GLM-5's block-FP8 has {name} = {only!r}")
+            raise ConfigError(f"quantization_config.{name} = {raw[name]!r} is not supported: block-FP8 has {name} = {only!r}")
     block = raw.get("weight_block_size")
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(is_integer(edge) and edge > 0 for edge in block):
-        raise ConfigError(f"quantization_config.weight_block_size = {block!r}: block-FP8 needs two positive integers, [128, 128] in GLM-5")
+        raise ConfigError(f"quantization_config.weight_block_size = {block!r}: it must be two positive integers ([128, 128])")
+    unknown = sorted(key for key, value in raw.items() if value is not None and key not in _FP8_KEYS)
+    if unknown:
+        raise ConfigError(
+            f"quantization_config.{unknown[0]} = {raw[unknown[0]]!r} is not known; known are {', '.join(_FP8_KEYS)}"
+        )
     kept = raw.get("modules_to_not_convert") or ()
     # The releases name `self_attn.indexers_proj`, which is no module; they mean the indexer's weights_proj, stored in bf16.
     return BlockFp8((block[0], block[1]), tuple(str(name).replace("indexers_proj", "indexer.weights_proj") for name in kept))
@@ -350,7 +392,8 @@ def _check_unknown(given: Mapping[str, Any], notes: list[str]) -> None:
     foreign = [name for name in unknown if name in _FOREIGN and given[name] is not False]
     if foreign:
         raise ConfigError(
-            f"{', '.join(f'{name} = {given[name]!r}' for name in foreign)}: no such key in {ARCHITECTURE}; it changes what a model computes, "
-            "so this is another architecture"
+            f"{', '.join(f'{name} = {given[name]!r}' for name in foreign)}: no such key in {ARCHITECTURE}; it changes what a "
+            "model computes, so this is another architecture"
         )
-    notes.extend(f"{name} is not known here and is ignored{did_you_mean(name, sorted(known))}" for name in unknown if name not in _FOREIGN)
+    ignored = (name for name in unknown if name not in _FOREIGN)
+    notes.extend(f"{name} is not known here and is ignored{did_you_mean(name, sorted(known))}" for name in ignored)
