@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm5_port.config import Glm5Config
 from glm5_port.errors import InputError
-from glm5_port.operators.cache import find_layout
+from glm5_port.operators.cache import cache_layout
 
 MAX_STEP_TOKENS = 2048
 """Most tokens of one forward step; longer prompts are prefilled in chunks of this size. Operators are told it as `max_tokens`."""
@@ -91,8 +91,8 @@ class PagedCache:
     ) -> None:
         if pages < 1 or page_size < 1:
             raise InputError(f"a cache needs at least one page of at least one row, got pages={pages}, page_size={page_size}")
-        latent = find_layout("latent", cache_format)
-        index = find_layout("index", cache_format)
+        latent = cache_layout("latent", cache_format)
+        index = cache_layout("index", cache_format)
         self.page_size = page_size
         self.pages = pages
         self.device = torch.device(device)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from os import PathLike
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from glm5_port.config import Glm5Config
-from glm5_port.errors import ConfigError, InputError, did_you_mean
+from glm5_port.errors import ConfigError
+from glm5_port.model.build import build, stored_dtype, working_dtype
 from glm5_port.model.checkpoint import Checkpoint
-from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
+from glm5_port.model.decoder import Glm5Model
 from glm5_port.model.tensors import expected_tensors
-from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
-from glm5_port.operators.cache import find_layout
-from glm5_port.selection import check_ranks_agree, resolve_backend
-
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
-CORRECTION_BIAS = "e_score_correction_bias"
+from glm5_port.selection import resolve_backend
 
 Progress = Callable[[int, int], None]
 """Called with (tensors read, tensors in all)."""
@@ -78,7 +71,7 @@ def load(
         done += 1
         if progress is not None:
             progress(done, len(expected))
-        return checkpoint.tensor(name, _dtype_of(name, working)).to(device)
+        return checkpoint.tensor(name, stored_dtype(name, working)).to(device)
 
     model = build(
         config,
@@ -95,107 +88,3 @@ def load(
     if (stops := checkpoint.stop_ids) is not None:
         model.stop_ids = stops
     return model
-
-
-def build(
-    config: Glm5Config,
-    read: Read,
-    *,
-    backend: str | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    latent_norm_eps: float | None = None,
-    cache_format: str | None = None,
-    block_size: int | None = None,
-    max_context: int | None = None,
-    mtp: bool = False,
-    trainable: bool = False,
-    implementation: str | None = None,
-) -> Glm5Model:
-    """As `load`, from a function that gives tensors by checkpoint name, in the working dtype and on the model's device.
-
-    Args:
-        config: the architecture.
-        read: gives one tensor; each name is asked for once.
-        device: overrides the backend's device, for fake tensors.
-        implementation: pins every operator ("reference"), for comparisons.
-    """
-    placed = resolve_backend(backend)
-    _check_limits(config, latent_norm_eps, block_size, max_context)
-    cache_format = cache_format or "plain"
-    find_layout("latent", cache_format)
-    model = Glm5Model(
-        dataclasses.replace(config, latent_norm_eps=latent_norm_eps or config.rms_norm_eps),
-        backend=placed.name,
-        requested=backend,
-        device=torch.device(device or placed.device_type),
-        dtype=working_dtype(dtype, config),
-        cache_format=cache_format,
-        block_size=block_size or DEFAULT_BLOCK_SIZE,
-        max_context=max_context,
-        mtp=mtp,
-        trainable=trainable,
-        implementation=implementation,
-    )
-    _fill(model, read)
-    check_ranks_agree()
-    return model
-
-
-def random_weights(config: Glm5Config, *, dtype: torch.dtype, seed: int = 0, device: str = "cpu", mtp: bool = False) -> Read:
-    """Weights for `build` without a checkpoint: normal with a spread that keeps activations of order one, norms near one."""
-    shapes = {name: spec.shape for name, spec in expected_tensors(config, mtp=mtp).items()}
-    generator = torch.Generator().manual_seed(seed)
-
-    def read(name: str) -> Tensor:
-        shape = shapes[name]
-        if name.endswith("norm.weight"):
-            tensor = 1 + 0.1 * torch.randn(shape, generator=generator)
-        else:
-            tensor = torch.randn(shape, generator=generator) * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
-        return tensor.to(device, _dtype_of(name, dtype))
-
-    return read
-
-
-def working_dtype(dtype: torch.dtype | str | None, config: Glm5Config) -> torch.dtype:
-    """The dtype a model computes in: the argument, else the config's, else bfloat16."""
-    if isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
-    else:
-        name = dtype or config.dtype or "bfloat16"
-    if name not in DTYPES:
-        raise InputError(f"dtype={name}: no such working dtype{did_you_mean(name, DTYPES)}\n  supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _dtype_of(name: str, working: torch.dtype) -> torch.dtype:
-    """The router's correction bias stays in float32 or wider: its spread is a few bfloat16 steps around an offset."""
-    return torch.promote_types(working, torch.float32) if name.endswith(CORRECTION_BIAS) else working
-
-
-def _check_limits(config: Glm5Config, latent_norm_eps: float | None, block_size: int | None, max_context: int | None) -> None:
-    if latent_norm_eps is not None and not (math.isfinite(latent_norm_eps) and latent_norm_eps > 0):
-        raise InputError(f"latent_norm_eps must be a positive number, got {latent_norm_eps}; None takes rms_norm_eps")
-    if block_size is not None and block_size < 1:
-        raise InputError(f"block_size must be at least 1, got {block_size}")
-    if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
-        raise InputError(
-            f"max_context={max_context} is outside 1..{config.max_position_embeddings} (max_position_embeddings of this config)"
-        )
-
-
-def _fill(model: Glm5Model, read: Read) -> None:
-    config, trainable = model.config, model.trainable
-    model.embedding = nn.Parameter(read("model.embed_tokens.weight"), requires_grad=trainable)
-    for number, layer in enumerate(model.layers):
-        load_decoder_layer(layer, read, f"model.layers.{number}.", config, trainable=trainable)  # type: ignore[arg-type]
-    load_norm(model.norm, read, "model.norm", trainable=trainable)
-    fill(model.head, {"weight": read("lm_head.weight")}, trainable=trainable)
-    if model.mtp is not None:
-        prefix = f"model.layers.{config.num_hidden_layers}."
-        fill(model.mtp.embedding_norm, {"weight": read(prefix + "enorm.weight")}, trainable=trainable)
-        fill(model.mtp.hidden_norm, {"weight": read(prefix + "hnorm.weight")}, trainable=trainable)
-        fill(model.mtp.join, {"weight": read(prefix + "eh_proj.weight")}, trainable=trainable)
-        load_decoder_layer(model.mtp.layer, read, prefix, config, trainable=trainable)
-        load_norm(model.mtp.norm, read, prefix + "shared_head.norm", trainable=trainable)

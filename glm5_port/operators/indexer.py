@@ -33,10 +33,10 @@ def _fake_prologue(hidden: Tensor, query_residual: Tensor, wq_b: Tensor, wk: Ten
 @operator(
     facts={
         "width": lambda hidden, **_: hidden.shape[1],
-        "query_rank": lambda wq_b, **_: wq_b.shape[1],
+        "query_latent_dim": lambda wq_b, **_: wq_b.shape[1],
         "heads": lambda weights_proj, **_: weights_proj.shape[0],
         "head_dim": lambda wk, **_: wk.shape[0],
-        "rotated_dims": lambda cos, **_: 2 * cos.shape[-1],
+        "rope_dim": lambda cos, **_: 2 * cos.shape[-1],
         "rope_interleaved": lambda rope_interleaved, **_: rope_interleaved,
     },
     fake=_fake_prologue,

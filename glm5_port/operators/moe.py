@@ -57,6 +57,7 @@ def check_routing(experts: int, top_k: int, groups: int, groups_kept: int) -> No
         "top_k": lambda top_k, **_: top_k,
         "groups": lambda groups, **_: groups,
         "groups_kept": lambda groups_kept, **_: groups_kept,
+        "renormalise": lambda renormalise, **_: renormalise,
     },
     fake=lambda hidden, gate, correction_bias, *, top_k, groups, groups_kept, renormalise, scale: (
         hidden.new_empty((hidden.shape[0], top_k), dtype=accumulation_dtype(hidden)),

@@ -53,7 +53,7 @@ def check_rotation(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> None:
 @operator(
     facts={
         "head_dim": lambda x, **_: x.shape[-1],
-        "rotated_dims": lambda cos, **_: 2 * cos.shape[-1],
+        "rope_dim": lambda cos, **_: 2 * cos.shape[-1],
         "interleaved": lambda interleaved, **_: interleaved,
         "start": lambda start, **_: start,
     },

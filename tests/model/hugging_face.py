@@ -46,7 +46,8 @@ def make(directory: Path, *, seed: int = 0, **changes: Any) -> GlmMoeDsaForCausa
             if parameter.dim() == 1:
                 parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.2)
             else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+                gain = 0.5 if name == "lm_head.weight" else 1.0  # logits of spread 0.5 leave room for an error of 1e-5
+                parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.3)

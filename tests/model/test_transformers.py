@@ -128,7 +128,7 @@ def test_greedy_tokens_agree_with_and_without_cache(checkpoint: tuple[Path, Any]
     model = ours(directory, block_size=5)
     tokens = prompt()
     with torch.no_grad():
-        expected = theirs.generate(tokens, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = theirs.generate(tokens, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=256)
         cached = model.generate(tokens, max_new_tokens=16, stop_ids=())
         uncached = tokens
         for _ in range(16):
@@ -147,7 +147,7 @@ def test_dense_attention_agrees_when_the_context_fits_into_index_topk(checkpoint
         expected = theirs(tokens).logits
         assert (dense(tokens) - expected).abs().max() < 1e-5
         assert (sparse(tokens) - expected).abs().max() < 1e-5
-        generated = theirs.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        generated = theirs.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=256)
     assert torch.equal(dense.generate(tokens, max_new_tokens=8, stop_ids=()), generated)
 
 
