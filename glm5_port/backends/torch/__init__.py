@@ -4,4 +4,5 @@ Importing this package registers them; each module mirrors one of `glm5_port.ope
 """
 
 from glm5_port.backends.torch import cache, indexer, linear, mla, moe, norm, rope, sparse_attention
+
 __all__ = ["cache", "indexer", "linear", "mla", "moe", "norm", "rope", "sparse_attention"]
