@@ -1,0 +1,199 @@
+"""`glm5-port explain`: which implementation would run, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from glm5_port.cli.output import print_json, print_table, print_text
+from glm5_port.errors import InputError, SelectionError, did_you_mean
+
+if TYPE_CHECKING:
+    from glm5_port.registry import Operator
+    from glm5_port.selection import Selection
+
+GLM5_FACTS: dict[str, Any] = {
+    # widths of the model
+    "width": 6144,
+    "width_in": 6144,
+    "width_out": 6144,
+    "width_between": 2048,
+    # latent attention
+    "heads": 64,
+    "head_dim": 64,
+    "query_latent_dim": 2048,
+    "nope_dim": 192,
+    "rope_dim": 64,
+    "latent_dim": 512,
+    "value_dim": 256,
+    "rope_interleaved": True,
+    "interleaved": True,
+    "start": 0,
+    # cache
+    "kind": "latent",
+    "widths": (512, 64),
+    "page_size": 64,
+    "cache_format": "plain",
+    # selection and routing
+    "top_k": 2048,
+    "experts": 256,
+    "groups": 1,
+    "groups_kept": 1,
+    "renormalise": True,
+}
+"""Fact name -> its value in the released GLM-5, for the facts that are not given on the command line."""
+
+_INDEXER = {"heads": 32, "head_dim": 128}
+_ROUTER = {"top_k": 8}
+GLM5_FACTS_OF: dict[str, dict[str, Any]] = {
+    "indexer_prologue": _INDEXER,
+    "indexer_scores": _INDEXER,
+    "lightning_indexer": _INDEXER,
+    "route_experts": _ROUTER,
+    "expert_mlp": _ROUTER,
+    "gated_mlp": {"width_between": 12288},
+}
+"""Operators for which a fact has another value than in `GLM5_FACTS`."""
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def explain(
+    operator: Annotated[
+        str | None, typer.Argument(help="An operator's name; without it, a table of all.", show_default=False)
+    ] = None,
+    as_backend: Annotated[
+        str | None, typer.Option("--as", metavar="BACKEND", help="Answer as if this backend were usable here.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    needs_grad: Annotated[
+        bool, typer.Option("--needs-grad", help="Ask for an implementation that gradients flow through.")
+    ] = False,
+    fact: Annotated[
+        list[str] | None,
+        typer.Option("--fact", metavar="NAME=VALUE", help="A static fact; GLM-5's own value otherwise. May be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")] = False,
+) -> None:
+    """Show which implementation would run, and why not the others. Exits with 1 when nothing fits."""
+    facts = {"dtype": _parse_dtype(dtype), "needs_grad": needs_grad}
+    given = dict(_parse_fact(text) for text in fact or [])
+    if operator is None:
+        records = _decide_all(as_backend, facts, given)
+        print_json([record.as_dict() for record in records]) if as_json else _print_overview(records)
+    else:
+        record = _decide(_find(operator), as_backend, facts, given)
+        records = [record]
+        print_json(record.as_dict()) if as_json else print_text(f"{record}\n  facts: {_facts_line(record)}")
+    if any(record.chosen is None for record in records):
+        raise typer.Exit(1)
+
+
+def facts_of_glm5(operator: Operator, *, given: Collection[str] = ()) -> dict[str, Any]:
+    """The operator's own facts, but for the given ones, as they are in the released GLM-5.
+
+    Raises:
+        InputError: a fact has no value here: a new operator's fact that nobody has written down yet.
+    """
+    known = GLM5_FACTS | GLM5_FACTS_OF.get(operator.name, {})
+    needed = [name for name in operator.facts if name not in given]
+    for name in needed:
+        if name not in known:
+            raise InputError(
+                f"{operator.name}: no GLM-5 value is known for the fact {name!r}\n"
+                f"  give it with --fact {name}=VALUE, and add it to GLM5_FACTS in glm5_port/cli/explain.py"
+            )
+    return {name: known[name] for name in needed}
+
+
+def _decide_all(as_backend: str | None, facts: dict[str, Any], given: dict[str, str]) -> list[Selection]:
+    """The record of every operator; each takes from the given facts those that it has."""
+    from glm5_port.registry import COMMON_FACTS, OPERATORS
+
+    known = {*COMMON_FACTS, *(name for operator in OPERATORS.values() for name in operator.facts)}
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"--fact {name}: no operator has this fact{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
+            )
+    mine = {o: {n: v for n, v in given.items() if n in COMMON_FACTS or n in o.facts} for o in OPERATORS.values()}
+    return [_decide(operator, as_backend, facts, mine[operator]) for operator in OPERATORS.values()]
+
+
+def _decide(operator: Operator, as_backend: str | None, facts: dict[str, Any], given: dict[str, str]) -> Selection:
+    from glm5_port.selection import decide
+
+    complete = {"device_type": _device_type(), **facts, **facts_of_glm5(operator, given=given)}
+    known = complete | GLM5_FACTS
+    complete |= {name: _parse_value(name, text, known.get(name)) for name, text in given.items()}
+    return decide(operator, operator.complete_facts(complete), as_backend=as_backend)
+
+
+def _find(name: str) -> Operator:
+    from glm5_port.registry import OPERATORS
+
+    if name not in OPERATORS:
+        raise InputError(f"no such operator: {name}{did_you_mean(name, OPERATORS)}\n  known: {', '.join(OPERATORS)}")
+    return OPERATORS[name]
+
+
+def _device_type() -> str:
+    """Where tensors would be: on the requested backend, also when it is not usable (the record then says why)."""
+    from glm5_port.registry import BACKENDS
+    from glm5_port.selection import request_for, resolve_backend
+
+    try:
+        return resolve_backend().device_type
+    except SelectionError:
+        return BACKENDS[request_for(None, None).backends[0]].device_type
+
+
+def _facts_line(record: Selection) -> str:
+    return ", ".join(f"{name}={value}" for name, value in record.as_dict()["facts"].items() if value is not None)
+
+
+def _print_overview(records: list[Selection]) -> None:
+    rows = []
+    for record in records:
+        others = [f"{c.id}: {'; '.join(c.reasons)}" for c in record.candidates if not c.chosen]
+        rows.append((record.operator, record.chosen.id if record.chosen else "NOTHING FITS", "\n".join(others)))
+    print_table(("operator", "runs", "others, and why not"), rows)
+    print_text(f"{records[0].request}" + (f"; as if {records[0].hypothetical} were here" if records[0].hypothetical else ""))
+
+
+# -- reading facts -----------------------------------------------------------------------------------------------------
+
+
+def _parse_dtype(text: str) -> torch.dtype:
+    if text not in DTYPES:
+        raise InputError(f"dtype {text}: no such working dtype{did_you_mean(text, DTYPES)}\n  supported: {', '.join(DTYPES)}")
+    return getattr(torch, text)  # type: ignore[no-any-return]
+
+
+def _parse_fact(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (equals and name and value):
+        raise InputError(f"--fact {text}: a fact is given as NAME=VALUE, for example --fact page_size=128")
+    return name.strip(), value.strip()
+
+
+def _parse_value(name: str, text: str, like: Any) -> Any:
+    """Reads `text` as the kind of value that `like` is; as a whole number or a word when nothing is known of it."""
+    if text.lower() == "none":
+        return None
+    if isinstance(like, torch.dtype):
+        return _parse_dtype(text)
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(like, int):
+            return int(text)
+        if isinstance(like, tuple):
+            return tuple(int(part) for part in text.split(","))
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", tuple: "whole numbers separated by commas"}[type(like)]
+        raise InputError(f"--fact {name}={text}: expected {kind}, such as {like}") from None
+    return int(text) if like is None and text.isdigit() else text
