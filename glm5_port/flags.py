@@ -141,6 +141,7 @@ def read(environ: Mapping[str, str], operators: frozenset[str]) -> Flags:
 
 
 _current: Flags | None = None
+_generation = 0
 
 
 def current() -> Flags:
@@ -156,5 +157,11 @@ def current() -> Flags:
 def reset() -> None:
     """Forgets the flags, so that the next choice reads the environment again. For tests and interactive sessions;
     operators and models that are bound already keep their implementations."""
-    global _current
+    global _current, _generation
     _current = None
+    _generation += 1
+
+
+def generation() -> int:
+    """How often `reset` was called: a memo of choices holds for one generation."""
+    return _generation

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -150,8 +151,10 @@ class Implementation:
         """The opaque torch op of this implementation, defined the first time it is bound."""
         if self._torch_op is None:
             variant = "" if self.backend == REFERENCE else f"_{self.variant}"
-            name = f"{self.operator.name}__{self.backend}{variant}"
-            schema = torch.library.infer_schema(self.function, mutates_args=self.operator.mutates)
+            name = re.sub(r"\W", "_", f"{self.operator.name}__{self.backend}{variant}")  # names of chips may hold a hyphen
+            # The declaration's annotations are read, not the implementation's, except where prepared weights change the parameters.
+            annotated = self.operator.reference if self.prepare is None else self.function
+            schema = torch.library.infer_schema(annotated, mutates_args=self.operator.mutates)
             self._torch_op = _define(name, schema, self.function, self.fake)
         return self._torch_op
 

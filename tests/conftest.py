@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
 
-from glm5_port import flags
+from glm5_port import flags, registry, selection
+
+_numbers = itertools.count()
 
 if not any(point.name == "glm5_port" for point in metadata.entry_points(group="pytest11")):
     pytest_plugins = ["glm5_port.testing.pytest_plugin"]
@@ -33,3 +37,39 @@ def set_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     yield apply
     monkeypatch.undo()
     flags.reset()
+
+
+@pytest.fixture
+def declare() -> Iterator[Callable[..., registry.Operator]]:
+    """`declare(reference, **options)`: an operator of its own name that is gone after the test."""
+    made: list[registry.Operator] = []
+
+    def make(reference: Callable[..., Any], **options: Any) -> registry.Operator:
+        reference.__name__ = f"{reference.__name__}_{next(_numbers)}"  # torch.library keeps names for the whole process
+        made.append(registry.operator(**options)(reference))
+        return made[-1]
+
+    yield make
+    for operator in made:
+        del registry.OPERATORS[operator.name]
+
+
+@pytest.fixture
+def chip() -> Iterator[Callable[..., registry.Backend]]:
+    """`chip("name", missing=None, device_type="cpu", order=60)`: a backend that is gone after the test."""
+    made: list[str] = []
+
+    def make(name: str, missing: str | None = None, device_type: str = "cpu", order: int = 60) -> registry.Backend:
+        backend = registry.Backend(
+            name=name, title=f"test chip {name}", device_type=device_type, package=None, collective="gloo", order=order,
+            probe=lambda: registry.Probe(missing),
+        )  # fmt: skip
+        registry.register_backend(backend)
+        made.append(name)
+        return backend
+
+    selection.probe.cache_clear()
+    yield make
+    for name in made:
+        del registry.BACKENDS[name]
+    selection.probe.cache_clear()
