@@ -440,6 +440,9 @@ class CanonicalWeights:
         for name, tensor in tensors.items():
             if name not in self._tensors:
                 self._tensors[name] = tensor.new_empty((self._parts, *tensor.shape))
+            if not 0 <= part < self._parts or tensor.shape != self._tensors[name].shape[1:]:
+                expected = f"parts 0 to {self._parts - 1} of shape {tuple(self._tensors[name].shape[1:])}"
+                raise InputError(f"{name}: part {part} of shape {tuple(tensor.shape)} arrived; expected {expected}")
             self._tensors[name][part].copy_(tensor)
         self._seen.add(part)
 

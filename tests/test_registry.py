@@ -364,6 +364,10 @@ def test_canonical_weights():
     assert weights["gate_up"].shape == (2, 4, 2)
     assert weights["gate_up"][:, 0, 0].tolist() == [0.0, 1.0]
 
+    for part, shape in ((2, (4, 2)), (-1, (4, 2)), (1, (1, 2))):
+        with pytest.raises(InputError, match=rf"gate_up: part {part} of shape .* expected parts 0 to 1 of shape \(4, 2\)"):
+            stacked.add(part, {"gate_up": torch.ones(shape)})
+
     whole = registry.CanonicalWeights(("weight",), parts=None)
     tensor = torch.ones(2)
     with pytest.raises(InputError, match="weights missing: weight"):

@@ -14,7 +14,7 @@ from importlib import metadata
 
 from glm5_port import flags
 from glm5_port.errors import FlagError, did_you_mean
-from glm5_port.registry import BACKENDS, Backend, Probe, register_backend
+from glm5_port.registry import BACKENDS, OPERATORS, Backend, Operator, Probe, register_backend
 
 BUILT_IN = ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu")
 """Folders of this package that hold a chip, in the order in which `auto` tries them."""
@@ -45,12 +45,11 @@ def load_plugins() -> None:
                 f"{flags.PLUGINS.name}={wanted}: plugin {name} is not installed{did_you_mean(name, found)}\n"
                 f"  installed: {', '.join(found) or 'none'}"
             )
-        before = set(BACKENDS)
+        before = set(BACKENDS), {operator: set(operator.implementations) for operator in OPERATORS.values()}
         try:
             found[name].load()()
         except Exception as error:  # a broken plugin is a row in doctor, not a crash of everyone else
-            for added in set(BACKENDS) - before:
-                del BACKENDS[added]
+            _take_back(*before)
             failure = f"plugin {name} ({found[name].value}) failed to load: {type(error).__name__}: {error}"
             row = name if name not in BACKENDS else f"{name} (plugin)"
             BACKENDS[row] = Backend(
@@ -63,3 +62,12 @@ def load_plugins() -> None:
                 probe=lambda failure=failure: Probe(failure),  # type: ignore[misc]
                 origin=f"plugin {found[name].value}",
             )
+
+
+def _take_back(backends: set[str], implementations: dict[Operator, set[str]]) -> None:
+    """Removes what a plugin registered before it failed: half a plugin must not compute."""
+    for name in set(BACKENDS) - backends:
+        del BACKENDS[name]
+    for operator, known in implementations.items():
+        for name in set(operator.implementations) - known:
+            del operator.implementations[name]
