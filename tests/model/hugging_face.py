@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
 
@@ -80,23 +81,13 @@ def watch_selection() -> Iterator[list[Tensor]]:
         modeling.GlmMoeDsaIndexer.forward = original
 
 
-@contextlib.contextmanager
-def stable_top_k() -> Iterator[None]:
-    """Replaces torch.topk inside the model's code by a stable sort, which keeps the lowest position first among equals:
-    the tie rule of this library."""
+class StableTopK(TorchFunctionMode):
+    """Within the context, top-k is a stable sort, which keeps the lowest position first among equals: this library's rule."""
 
-    class Torch:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        @staticmethod
-        def topk(x: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, Tensor]:
-            values, indices = torch.sort(x, dim=dim, descending=True, stable=True)
-            return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
-
-    original = modeling.torch
-    modeling.torch = Torch()
-    try:
-        yield
-    finally:
-        modeling.torch = original
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (Tensor.topk, torch.topk):
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("x", "k", "dim"), args, strict=False)) | (kwargs or {})
+        x, k, dim = given["x"], given["k"], given.get("dim", -1)
+        values, indices = torch.sort(x, dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))

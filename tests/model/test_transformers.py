@@ -158,8 +158,9 @@ def test_tie_rule_agrees_with_a_stable_sort(tmp_path: Path) -> None:
     model = ours(tmp_path)
     tokens = prompt()[:1]
     mine = record_selection(model)
-    with torch.no_grad(), hugging_face.stable_top_k(), hugging_face.watch_selection() as seen:
-        expected = theirs(tokens).logits
+    with torch.no_grad():
+        with hugging_face.StableTopK(), hugging_face.watch_selection() as seen:
+            expected = theirs(tokens).logits
         logits = model(tokens)
     for own, other in zip(mine, seen, strict=True):
         assert visible_sets(own) == visible_sets(other[0])
