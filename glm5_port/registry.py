@@ -429,7 +429,7 @@ class CanonicalWeights:
         self._names = tuple(names)
         self._parts = parts
         self._tensors: dict[str, Tensor] = {}
-        self._seen: set[int] = set()
+        self._seen: dict[str, set[int]] = {}
 
     def add(self, part: int | None, tensors: Mapping[str, Tensor]) -> None:
         if part is None:
@@ -444,14 +444,15 @@ class CanonicalWeights:
                 expected = f"parts 0 to {self._parts - 1} of shape {tuple(self._tensors[name].shape[1:])}"
                 raise InputError(f"{name}: part {part} of shape {tuple(tensor.shape)} arrived; expected {expected}")
             self._tensors[name][part].copy_(tensor)
-        self._seen.add(part)
+            self._seen.setdefault(name, set()).add(part)
 
     def finish(self) -> dict[str, Tensor | int]:
         missing = [name for name in self._names if name not in self._tensors]
         if missing:
             raise InputError(f"weights missing: {', '.join(missing)}")
-        if self._parts is not None and self._seen and (absent := set(range(self._parts)) - self._seen):
-            raise InputError(f"experts missing: {sorted(absent)}")
+        for name, seen in self._seen.items():
+            if absent := set(range(self._parts or 0)) - seen:
+                raise InputError(f"{name}: experts missing: {sorted(absent)}")
         return {name: self._tensors[name] for name in self._names}
 
 

@@ -351,6 +351,10 @@ def test_missing_experts_are_named(expert_operator):
         assert any(c.id == f"torch/{variant}" for c in chosen)
     canonical = registry.CanonicalWeights(("table",), parts=3)
     canonical.add(1, {"table": torch.ones(4, 4)})
+    half = registry.CanonicalWeights(("gate_up", "down"), parts=1)
+    half.add(0, {"gate_up": torch.ones(4, 4)})
+    with pytest.raises(InputError, match="weights missing: down"):
+        half.finish()
     for preparation, absent in ((canonical, r"\[0, 2\]"), (Halved({"experts": 2}), r"\[0, 1\]")):
         with pytest.raises(InputError, match=f"experts missing: {absent}"):
             preparation.finish()
