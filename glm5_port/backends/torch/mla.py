@@ -140,7 +140,7 @@ class Blocks:
 
 
 def cut_into_blocks(query_starts: Tensor, lengths: Tensor, tokens: int, size: int) -> Blocks:
-    """Cuts T > 0 packed tokens into blocks of `size`."""
+    """Cuts T packed tokens into blocks of `size`."""
     batch = lengths.shape[0]
     starts, long_lengths = query_starts.to(torch.int64), lengths.to(torch.int64)
     counts = starts.diff()
@@ -213,7 +213,7 @@ def attend_in_blocks(
     cache_format: str,
     gradient: bool,
 ) -> Tensor:
-    """Dense causal attention, T > 0 tokens: blocks of queries outside, chunks of keys inside."""
+    """Dense causal attention: blocks of queries outside, chunks of keys inside."""
     layout, wide = cache_layout(LATENT, cache_format), accumulation_dtype(query)
     page_size = latent_cache[0].shape[1]
     keys = block_table.shape[1] * page_size
@@ -244,14 +244,16 @@ def attend_in_blocks(
             query_rope,
             gradient=gradient,
         ).flatten(0, 1)
-        for first, end in spans(blocks.sequences.shape[0], plan.group)
+        for first, end in [*spans(blocks.sequences.shape[0], plan.group)] or [(0, 0)]  # no tokens: an empty result with gradients
     ]
-    return torch.cat(results)[blocks.homes].masked_fill(blocks.is_padding[:, None, None], 0.0)
+    at_home = torch.cat(results)[blocks.homes]
+    return at_home.masked_fill(blocks.is_padding[:, None, None], 0.0)
 
 
 def _against_shared_keys(query_GSHN: Tensor, key_GUN: Tensor) -> Tensor:
     """[G, S, H, U]: every head against the same keys, as one matmul."""
-    return (query_GSHN.flatten(1, 2) @ key_GUN.mT).unflatten(1, query_GSHN.shape[1:3])
+    scores: Tensor = (query_GSHN.flatten(1, 2) @ key_GUN.mT).unflatten(1, query_GSHN.shape[1:3])
+    return scores
 
 
 @mla_attention_absorbed.implement(PORTABLE, variant="eager", differentiable=True, promises=("deterministic",))
@@ -268,8 +270,6 @@ def mla_attention_absorbed_eager(
 ) -> Tensor:
     check_attention(query_latent, query_rope, latent_cache, block_table, query_starts, lengths)
     tokens, heads, latent_dim = query_latent.shape
-    if tokens == 0:
-        return query_latent.new_empty(query_latent.shape)
     size = accumulation_dtype(query_latent).itemsize
     gradient = wants_gradient(query_latent, query_rope, *latent_cache)
     plan = plan_attention(
@@ -309,8 +309,6 @@ def mla_attention_expanded_eager(
     check_attention(query_nope, query_rope, latent_cache, block_table, query_starts, lengths)
     tokens, heads, nope_dim = query_nope.shape
     value_dim, latent_dim = w_uv.shape[1:]
-    if tokens == 0:
-        return query_nope.new_empty(0, heads, value_dim)
     wide = accumulation_dtype(query_nope)
     gradient = wants_gradient(query_nope, query_rope, w_uk, w_uv, *latent_cache)
     plan = plan_attention(

@@ -18,21 +18,20 @@ def running_attention(steps: Iterable[tuple[Tensor, Tensor, Callable[[Tensor], T
     Returns:
         [..., V]; zeros where no key of any chunk is visible.
     """
-    largest = total = result = None
+    state: tuple[Tensor, Tensor, Tensor] | None = None  # largest score so far, sum of weights, weighted sum of values
     for scores, visible, combine in steps:
         scores = scores.masked_fill(~visible, -torch.inf)
         peak = scores.detach().amax(-1, keepdim=True)  # the softmax does not depend on it, so it needs no gradient
-        if largest is not None:
-            peak = torch.maximum(peak, largest)
+        if state is not None:
+            peak = torch.maximum(peak, state[0])
         finite_peak = peak.masked_fill(peak == -torch.inf, 0.0)
         weights = torch.exp(scores - finite_peak)
-        chunk_total, chunk_result = weights.sum(-1, keepdim=True), combine(weights)
-        if largest is None:
-            total, result = chunk_total, chunk_result
-        else:
-            fade = torch.exp(largest - finite_peak)
-            total, result = total * fade + chunk_total, result * fade + chunk_result
-        largest = peak
-    if total is None or result is None:
+        total, result = weights.sum(-1, keepdim=True), combine(weights)
+        if state is not None:
+            fade = torch.exp(state[0] - finite_peak)
+            total, result = state[1] * fade + total, state[2] * fade + result
+        state = (peak, total, result)
+    if state is None:
         raise ValueError("running_attention needs at least one chunk of keys")
+    _, total, result = state
     return result / total.masked_fill(total == 0, 1.0)

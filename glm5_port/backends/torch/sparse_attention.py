@@ -6,6 +6,7 @@ Shape legend: G tokens of a chunk; H heads; C latent; R rope; K indices a token;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def sparse_mla_attention_eager(
     layout = cache_layout(LATENT, cache_format)
     tokens, heads, latent_dim = query_latent.shape
     top_k = indices.shape[1]
-    if tokens == 0 or top_k == 0:
+    if top_k == 0:
         return query_latent.new_zeros(query_latent.shape)
     wide = accumulation_dtype(query_latent)
     page_size = latent_cache[0].shape[1]
@@ -57,7 +58,7 @@ def sparse_mla_attention_eager(
                 rows = gather_rows(layout, latent_cache, slots_at(block_table, sequence, picked_GU, page_size), wide)
                 latent_GUC, rope_key_GUR = (row.masked_fill(~visible_GU[..., None], 0.0) for row in rows)
                 scores_GHU = query @ latent_GUC.mT + rope @ rope_key_GUR.mT
-                yield scores_GHU * scale, visible_GU[:, None, :], lambda weights, latent_GUC=latent_GUC: weights @ latent_GUC
+                yield scores_GHU * scale, visible_GU[:, None, :], partial(_weigh, latent_GUC)
 
         return running_attention(steps()).to(query_latent.dtype)
 
@@ -71,6 +72,10 @@ def sparse_mla_attention_eager(
             positions[first:end],
             gradient=gradient,
         )
-        for first, end in spans(tokens, group)
+        for first, end in [*spans(tokens, group)] or [(0, 0)]  # no tokens: an empty result with gradients
     ]
     return torch.cat(chunks)
+
+
+def _weigh(values_GUC: Tensor, weights_GHU: Tensor) -> Tensor:
+    return weights_GHU @ values_GUC
