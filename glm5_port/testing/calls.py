@@ -7,6 +7,7 @@ where an implementation allocates without filling. What a call must leave alone 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -145,7 +146,8 @@ def check_fake(implementation: Implementation, arguments: Mapping[str, Any], out
     """The fake must promise the shapes and dtypes that the call returns: compiled graphs are planned on them."""
     with FakeTensorMode() as mode:
         fakes = {name: _to_fake(mode, value) for name, value in arguments.items()}
-        promised = list(flat(implementation.fake(**fakes)))
+        call = _signature(implementation).bind(**fakes)  # torch passes by place what the schema does not make keyword-only
+        promised = list(flat(implementation.fake(*call.args, **call.kwargs)))
     returned = outputs[: len(outputs) - len(written(implementation.operator, arguments))]
     if len(promised) != len(returned):
         return [f"the fake promises {len(promised)} outputs, the call returns {len(returned)}"]
@@ -154,6 +156,10 @@ def check_fake(implementation: Implementation, arguments: Mapping[str, Any], out
         for place, (fake, real) in enumerate(zip(promised, returned, strict=True))
         if fake.shape != real.shape or fake.dtype != real.dtype
     ]
+
+
+def _signature(implementation: Implementation) -> inspect.Signature:
+    return implementation.operator.signature if implementation.prepare is None else inspect.signature(implementation.function)
 
 
 def _to_fake(mode: FakeTensorMode, value: Any) -> Any:
