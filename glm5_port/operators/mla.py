@@ -45,7 +45,9 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
 
 
-def check_projection(hidden: Tensor, q_a: Tensor, q_b: Tensor, kv_a: Tensor, kv_a_norm: Tensor, cos: Tensor, nope_dim: int) -> None:
+def check_projection(
+    hidden: Tensor, q_a: Tensor, q_b: Tensor, kv_a: Tensor, kv_a_norm: Tensor, cos: Tensor, nope_dim: int
+) -> None:
     """Raises InputError unless the weights of the projections fit each other, the hidden rows and the angles."""
     rope_dim = 2 * cos.shape[-1]
     fits = (

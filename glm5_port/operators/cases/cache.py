@@ -87,18 +87,21 @@ def write_cache_cases() -> Iterator[Case]:
         given = arguments(make, [3], [9], widths, cache_format)
         return {**given, "slots": torch.full_like(given["slots"], -1)}
 
-    for name, widths, formats in (("latent", [512, 64], ("plain", "fp8", "int8")), ("index", [128], ("plain", "fp8", "int8"))):
-        for form in formats:
-            w, f = widths, form
-            yield Case(f"{name}_{f}_no_tokens", lambda make, w=w, f=f: arguments(make, [0], [3], w, f))
-            yield Case(f"{name}_{f}_one_token", lambda make, w=w, f=f: arguments(make, [1], [1], w, f))
-            yield Case(
-                f"{name}_{f}_unequal_and_padding",
-                lambda make, w=w, f=f: arguments(make, [3, 0, 5], [9, 4, 5], w, f, padding=2, page_size=5),
-            )
-            yield Case(f"{name}_{f}_all_padding", lambda make, w=w, f=f: all_padding(make, w, f))
-            yield Case(f"{name}_{f}_special_rows", lambda make, w=w, f=f: special_rows(make, w, f))
-            yield Case(f"{name}_{f}_page_64", lambda make, w=w, f=f: arguments(make, [70], [150], w, f, page_size=64), tags=WIDTH)
+    def cases_of(kind: str, widths: Sequence[int], form: str) -> Iterator[Case]:
+        name = f"{kind}_{form}"
+        yield Case(f"{name}_no_tokens", lambda make: arguments(make, [0], [3], widths, form))
+        yield Case(f"{name}_one_token", lambda make: arguments(make, [1], [1], widths, form))
+        yield Case(
+            f"{name}_unequal_and_padding",
+            lambda make: arguments(make, [3, 0, 5], [9, 4, 5], widths, form, padding=2, page_size=5),
+        )
+        yield Case(f"{name}_all_padding", lambda make: all_padding(make, widths, form))
+        yield Case(f"{name}_special_rows", lambda make: special_rows(make, widths, form))
+        yield Case(f"{name}_page_64", lambda make: arguments(make, [70], [150], widths, form, page_size=64), tags=WIDTH)
+
+    for form in ("plain", "fp8", "int8"):
+        yield from cases_of("latent", [512, 64], form)
+        yield from cases_of("index", [128], form)
     yield Case("latent_plain_odd_widths", lambda make: arguments(make, [3, 2], [3, 6], [7, 6], "plain", padding=1, page_size=3))
     yield Case("index_fp8_odd_width", lambda make: arguments(make, [3], [3], [24], "fp8"))
     yield Case("index_int8_odd_width", lambda make: arguments(make, [3], [3], [24], "int8"))

@@ -48,7 +48,9 @@ GLM5_RANK = Widths(hidden=6144, heads=8, query=2048, latent=512, nope=192, rope=
 ROWS = ("hidden", "cos", "sin")
 
 
-def projection(make: Make, tokens: int, widths: Widths = SMALL, *, eps: float = 1e-5, interleaved: bool = True, std: float = 1.0) -> dict[str, Any]:
+def projection(
+    make: Make, tokens: int, widths: Widths = SMALL, *, eps: float = 1e-5, interleaved: bool = True, std: float = 1.0
+) -> dict[str, Any]:
     """Arguments that all three operators share."""
     w = widths
     cos, sin = rotary_angles(torch.arange(5, 5 + tokens), 1e6, w.rope)
@@ -141,10 +143,10 @@ def mla_prologue_into_cache_cases() -> Iterator[Case]:
     yield Case("only_padding", lambda make: arguments(make, [0], [3], padding=2))
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, "fp8", padding=2))
     yield Case("int8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, "int8", padding=2))
-    for form in ("plain", "fp8", "int8"):
-        yield Case(
-            f"glm5_rank_{form}", lambda make, form=form: arguments(make, [2], [70], GLM5_RANK, form, page_size=64), tags=WIDTH
-        )
+    def glm5_rank(form: str) -> Case:
+        return Case(f"glm5_rank_{form}", lambda make: arguments(make, [2], [70], GLM5_RANK, form, page_size=64), tags=WIDTH)
+
+    yield from map(glm5_rank, ("plain", "fp8", "int8"))
 
 
 # -- dense attention ---------------------------------------------------------------------------------------------------

@@ -96,11 +96,9 @@ def sparse_mla_attention_cases() -> Iterator[Case]:
     yield Case("sharp_scores", lambda make: arguments(make, [6], [40], chosen(20), std=16.0))
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, chosen(4), widths=(512, 64), cache_format="fp8", padding=1))
     yield Case("int8_rows", lambda make: arguments(make, *unequal, chosen(4), widths=(512, 64), cache_format="int8", padding=1))
-    for form in ("plain", "fp8", "int8"):
-        yield Case(
-            f"glm5_{form}",
-            lambda make, form=form: arguments(
-                make, [2], [2100], chosen(2048), heads=64, widths=(512, 64), cache_format=form, page_size=64
-            ),
-            tags=WIDTH,
-        )
+
+    def glm5(form: str) -> Case:
+        options: dict[str, Any] = {"heads": 64, "widths": (512, 64), "cache_format": form, "page_size": 64}
+        return Case(f"glm5_{form}", lambda make: arguments(make, [2], [2100], chosen(2048), **options), tags=WIDTH)
+
+    yield from map(glm5, ("plain", "fp8", "int8"))
