@@ -21,15 +21,6 @@ from glm5_port.operators.rope import rotate
 from glm5_port.registry import operator
 
 
-def _fake_prologue(hidden: Tensor, query_residual: Tensor, wq_b: Tensor, wk: Tensor, *rest: Tensor, **_: object) -> tuple[Tensor, ...]:
-    tokens, heads, head_dim = hidden.shape[0], rest[2].shape[0], wk.shape[0]
-    return (
-        hidden.new_empty((tokens, heads, head_dim)),
-        hidden.new_empty((tokens, head_dim)),
-        hidden.new_empty((tokens, heads), dtype=accumulation_dtype(hidden)),
-    )
-
-
 @operator(
     facts={
         "width": lambda hidden, **_: hidden.shape[1],
@@ -39,7 +30,11 @@ def _fake_prologue(hidden: Tensor, query_residual: Tensor, wq_b: Tensor, wk: Ten
         "rope_dim": lambda cos, **_: 2 * cos.shape[-1],
         "rope_interleaved": lambda rope_interleaved, **_: rope_interleaved,
     },
-    fake=_fake_prologue,
+    fake=lambda hidden, query_residual, wq_b, wk, k_norm_weight, k_norm_bias, weights_proj, cos, sin, **_: (
+        hidden.new_empty((hidden.shape[0], weights_proj.shape[0], wk.shape[0])),
+        hidden.new_empty((hidden.shape[0], wk.shape[0])),
+        hidden.new_empty((hidden.shape[0], weights_proj.shape[0]), dtype=accumulation_dtype(hidden)),
+    ),
     weights=("wq_b", "wk", "k_norm_weight", "k_norm_bias", "weights_proj"),
 )
 def indexer_prologue(
@@ -100,11 +95,6 @@ def indexer_prologue(
     return query_TJX, key_TX, head_weights_TJ
 
 
-def _fake_scores(index_query: Tensor, head_weights: Tensor, index_cache: list[Tensor], block_table: Tensor, *_: Tensor, **__: str) -> Tensor:
-    positions = block_table.shape[1] * index_cache[0].shape[1]
-    return index_query.new_empty((index_query.shape[0], positions), dtype=accumulation_dtype(index_query))
-
-
 _SCORE_FACTS = {
     "heads": lambda index_query, **_: index_query.shape[1],
     "head_dim": lambda index_query, **_: index_query.shape[2],
@@ -113,7 +103,14 @@ _SCORE_FACTS = {
 }
 
 
-@operator(facts=_SCORE_FACTS, fake=_fake_scores)
+@operator(
+    facts=_SCORE_FACTS,
+    fake=lambda index_query, head_weights, index_cache, block_table, query_starts, lengths, *, cache_format: (
+        index_query.new_empty(
+            (index_query.shape[0], block_table.shape[1] * index_cache[0].shape[1]), dtype=accumulation_dtype(index_query)
+        )
+    ),
+)
 def indexer_scores(
     index_query: Tensor,
     head_weights: Tensor,

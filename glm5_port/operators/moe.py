@@ -156,8 +156,9 @@ def expert_mlp(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tens
     terms_TkD = torch.zeros((*ids.shape, hidden.shape[1]), dtype=wide, device=hidden.device)
     for expert in range(gate_up.shape[0]):  # every expert sees every token: nothing to group, and no host sync
         result_TD = gated_mlp.reference(hidden, gate_up[expert], down[expert]).to(wide)
-        weighted_TkD = result_TD.unsqueeze(1) * route_weights.to(wide).unsqueeze(2)
-        terms_TkD = torch.where((ids == expert).unsqueeze(2), weighted_TkD, terms_TkD)
+        chosen_Tk = ids == expert
+        weights_Tk = torch.where(chosen_Tk, route_weights, 0.0).to(wide)  # before the product: what is not read may be NaN
+        terms_TkD = torch.where(chosen_Tk.unsqueeze(2), result_TD.unsqueeze(1) * weights_Tk.unsqueeze(2), terms_TkD)
     total_TD = torch.zeros_like(hidden, dtype=wide)
     for term_TD in terms_TkD.unbind(1):  # in routing order: a floating-point sum depends on it
         total_TD = total_TD + term_TD

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm5_port.backends.torch.chunks import WORKSPACE_BYTES, chunk_size, recomputed, spans, wants_gradient
+from glm5_port.backends.torch.rope import rotate_eager
 from glm5_port.operators.cache import INDEX, cache_layout, gather_rows, locate_tokens, slots_at
 from glm5_port.operators.indexer import check_top_k, indexer_prologue, indexer_scores, lightning_indexer, select_top_k
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.operators.rope import rotate
 from glm5_port.registry import PORTABLE
 
 SHORTEST_BLOCK = 4096
@@ -49,10 +49,10 @@ def indexer_prologue_eager(
     query_TJX = F.linear(query_residual, wq_b).unflatten(1, (heads, head_dim))
     key_TX = F.linear(hidden, wk).to(wide)
     key_TX = F.layer_norm(key_TX, (head_dim,), k_norm_weight.to(wide), k_norm_bias.to(wide), k_norm_eps).to(hidden.dtype)
-    both = torch.cat((query_TJX, key_TX.unsqueeze(1)), dim=1)  # the key turns as one more head
-    both = rotate.reference(both, cos, sin, interleaved=rope_interleaved, start=0)
+    query_TJX = rotate_eager(query_TJX, cos, sin, interleaved=rope_interleaved, start=0)
+    key_TX = rotate_eager(key_TX.unsqueeze(1), cos, sin, interleaved=rope_interleaved, start=0).squeeze(1)
     head_weights_TJ = F.linear(hidden.to(wide), weights_proj.to(wide)) * (heads * head_dim) ** -0.5
-    return both[:, :heads].contiguous(), both[:, heads].contiguous(), head_weights_TJ
+    return query_TJX, key_TX, head_weights_TJ
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ class Scoring:
     block: int
 
     def chunks(self) -> Iterator[slice]:
-        """Runs of tiles that are computed together."""
-        for first, end in spans(self.tiles.sequences_Q.shape[0], self.chunk):
+        """Runs of tiles that are computed together; one empty run where there are none, so that gradients pass."""
+        for first, end in spans(max(1, self.tiles.sequences_Q.shape[0]), self.chunk):
             yield slice(first, end)
 
     def blocks(self, chunk: slice) -> Iterator[tuple[Tensor, Tensor]]:
@@ -165,7 +165,7 @@ def plan_scoring(
     tiles = tile_queries(query_starts, lengths, tokens, rows)
     count = max(1, tiles.sequences_Q.shape[0])
     free = WORKSPACE_BYTES // count - rows * bytes_of_score * kept
-    block = max(SHORTEST_BLOCK, chunk_size(rows * bytes_of_score + bytes_of_key, end, budget=free))
+    block = max(min(SHORTEST_BLOCK, end), chunk_size(rows * bytes_of_score + bytes_of_key, end, budget=free))
     chunk = chunk_size(rows * bytes_of_score * (block + kept) + block * bytes_of_key, count)
     return Scoring(index_query, head_weights, index_cache, block_table, cache_format, tiles, chunk, block)
 
@@ -183,11 +183,9 @@ def indexer_scores_eager(
 ) -> Tensor:
     """Memory: the result twice, and WORKSPACE_BYTES."""
     scoring = plan_scoring(index_query, head_weights, index_cache, block_table, query_starts, lengths, cache_format, kept=0)
-    end = block_table.shape[1] * index_cache[0].shape[1]
-    rows = [index_query.new_empty((0, end), dtype=accumulation_dtype(index_query))]
+    rows = []
     for chunk in scoring.chunks():
-        blocks = [scores_QRU.flatten(0, 1) for scores_QRU, _ in scoring.blocks(chunk)]
-        rows.append(torch.cat(blocks, dim=1))
+        rows.append(torch.cat([scores_QRU.flatten(0, 1) for scores_QRU, _ in scoring.blocks(chunk)], dim=1))
     tiles = scoring.tiles
     return torch.cat(rows)[tiles.places_T].masked_fill(tiles.padding_T.unsqueeze(1), float("-inf"))
 
@@ -251,10 +249,10 @@ def lightning_indexer_eager(
     apart; exact zeros and every exactly representable score do not."""
     check_top_k("lightning_indexer", top_k)
     with torch.no_grad():
-        scoring = plan_scoring(index_query, head_weights, index_cache, block_table, query_starts, lengths, cache_format, kept=top_k)
-        rows = [lengths.new_empty((0, top_k), dtype=torch.int32)]
-        for chunk in scoring.chunks():
-            rows.append(_pad(_select_over_blocks(scoring, chunk, top_k), top_k))
+        scoring = plan_scoring(
+            index_query, head_weights, index_cache, block_table, query_starts, lengths, cache_format, kept=top_k
+        )
+        rows = [_pad(_select_over_blocks(scoring, chunk, top_k), top_k) for chunk in scoring.chunks()]
         tiles = scoring.tiles
         return torch.cat(rows)[tiles.places_T].masked_fill(tiles.padding_T.unsqueeze(1), -1)
 

@@ -1,0 +1,61 @@
+"""Parity cases of `glm5_port.operators.linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from glm5_port.operators.linear import gated_mlp, linear
+from glm5_port.testing.cases import WIDTH, Case, Make, suite
+
+
+@suite(linear, rows=("x",))
+def linear_cases() -> Iterator[Case]:
+    def arguments(make: Make, *shape: int, out: int) -> dict[str, object]:
+        return {"x": make.normal(*shape), "weight": make.normal(out, shape[-1], std=shape[-1] ** -0.5)}
+
+    def integers(make: Make) -> dict[str, object]:
+        return {"x": make.integers(5, 32, low=-2, high=3), "weight": make.integers(7, 32, low=-2, high=3)}
+
+    yield Case("no_tokens", lambda make: arguments(make, 0, 64, out=48))
+    yield Case("one_token", lambda make: arguments(make, 1, 64, out=48))
+    yield Case("odd_widths", lambda make: arguments(make, 5, 77, out=33))
+    yield Case("one_output", lambda make: arguments(make, 5, 64, out=1))
+    yield Case("three_dims", lambda make: arguments(make, 2, 3, 64, out=48))
+    yield Case("strided", lambda make: {**arguments(make, 4, 64, out=48), "x": make.normal(4, 128)[:, ::2]})
+    yield Case("weight_is_a_view", lambda make: {**arguments(make, 4, 64, out=48), "weight": make.normal(96, 64, std=0.1)[::2]})
+    yield Case("not_finite", lambda make: {**arguments(make, 3, 64, out=48), "x": make.with_non_finite(3, 64)})
+    yield Case("integers", integers, exact=True)
+    yield Case("glm5_query_down", lambda make: arguments(make, 3, 6144, out=2048), tags=WIDTH)
+    yield Case("glm5_output", lambda make: arguments(make, 2, 16384, out=512), tags=WIDTH)
+
+
+@suite(gated_mlp, rows=("x",))
+def gated_mlp_cases() -> Iterator[Case]:
+    def arguments(make: Make, *shape: int, between: int) -> dict[str, object]:
+        width = shape[-1]
+        return {
+            "x": make.normal(*shape),
+            "gate_up": make.normal(2 * between, width, std=width**-0.5),
+            "down": make.normal(width, between, std=between**-0.5),
+        }
+
+    def one_nan(make: Make) -> dict[str, object]:
+        made = arguments(make, 3, 64, between=48)
+        made["x"][1, 5] = float("nan")  # type: ignore[index]
+        return made
+
+    yield Case("no_tokens", lambda make: arguments(make, 0, 64, between=48))
+    yield Case("one_token", lambda make: arguments(make, 1, 64, between=48))
+    yield Case("odd_widths", lambda make: arguments(make, 5, 77, between=33))
+    yield Case("three_dims", lambda make: arguments(make, 2, 3, 64, between=48))
+    yield Case("large_gates", lambda make: {**arguments(make, 4, 64, between=48), "x": make.normal(4, 64, std=30.0)})
+    yield Case("strided", lambda make: {**arguments(make, 4, 64, between=48), "x": make.normal(4, 128)[:, ::2]})
+    yield Case("not_a_number", one_nan)
+    yield Case(
+        "glm5_shared_expert",
+        lambda make: arguments(make, 2, 6144, between=2048),
+        tags=WIDTH,
+        dtypes=(torch.float32, torch.bfloat16),  # 150 MB in float32, and the gold needs twice that
+    )
