@@ -56,7 +56,8 @@ def to_int8(x: Tensor) -> Tensor:
 
 
 def power_of_two_scale(amax: Tensor) -> Tensor:
-    """2^ceil(log2(amax / 448)), computed on the bits of the float32 so that every device gives the same bits; NaN and infinity stay."""
+    """2^ceil(log2(amax / 448)), computed on the bits of the float32 so that every device gives the same ones. NaN and infinity
+    stay what they are."""
     bits = (amax / E4M3_MAX).to(torch.float32).contiguous().view(torch.int32)
     rounded_up = (bits + 0x007FFFFF) & 0x7F800000  # carries into the exponent unless the mantissa is zero
     return torch.where(amax.isfinite(), rounded_up.view(torch.float32), amax)
@@ -83,7 +84,8 @@ def _dequantise_latent(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Te
 
 
 def _bytes(x: Tensor, dtype: torch.dtype, storage: torch.dtype) -> Tensor:
-    return x.to(dtype).contiguous().view(storage)
+    # clone, since contiguous() leaves the strides of an empty tensor as they are, and view looks at them
+    return x.to(dtype).clone(memory_format=torch.contiguous_format).view(storage)
 
 
 def _numbers(row: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Portable MLA: projections by matmul, dense attention in blocks of queries and chunks of keys.
 
-Shape legend: T tokens; H heads; N nope; C latent; R rope; V value; G blocks at once; S query tokens of a block; U keys of a chunk.
+Shape legend: T tokens; H heads; N nope; C latent; R rope; V value; G blocks at once; S query tokens of a block;
+U keys of a chunk.
 """
 
 from __future__ import annotations

@@ -196,7 +196,9 @@ def attention(
 
 @suite(mla_attention_absorbed, rows=("query_latent", "query_rope"))
 def mla_attention_absorbed_cases() -> Iterator[Case]:
-    def arguments(make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any) -> dict[str, Any]:
+    def arguments(
+        make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any
+    ) -> dict[str, Any]:
         given = attention(make, new, lengths, widths, widths.latent, **options)
         return {"query_latent": given.pop("query"), **given}
 
@@ -205,7 +207,9 @@ def mla_attention_absorbed_cases() -> Iterator[Case]:
 
 @suite(mla_attention_expanded, rows=("query_nope", "query_rope"))
 def mla_attention_expanded_cases() -> Iterator[Case]:
-    def arguments(make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any) -> dict[str, Any]:
+    def arguments(
+        make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any
+    ) -> dict[str, Any]:
         given = attention(make, new, lengths, widths, widths.nope, **options)
         w_uk = make.normal(widths.heads, widths.nope, widths.latent, std=widths.latent**-0.5)
         w_uv = make.normal(widths.heads, widths.value, widths.latent, std=widths.latent**-0.5)

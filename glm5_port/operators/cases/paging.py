@@ -53,7 +53,8 @@ class Paging:
 
     def token_slots(self) -> Tensor:
         """[T] int64: where this call's tokens are written; -1 for padding."""
-        slots = [self.slots_of(b, length - new, length) for b, (new, length) in enumerate(zip(self.new, self.lengths, strict=True))]
+        batch = enumerate(zip(self.new, self.lengths, strict=True))
+        slots = [self.slots_of(sequence, length - new, length) for sequence, (new, length) in batch]
         return torch.cat((*slots, torch.full((self.padding,), -1)))
 
     def slots_of(self, sequence: int, first: int, end: int) -> Tensor:
