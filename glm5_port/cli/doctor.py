@@ -37,8 +37,9 @@ def examine() -> dict[str, Any]:
     from glm5_port.selection import probe, request_for, resolve_backend, search_order, usable_backends
 
     backends: dict[str, Any] = {}
+    in_order = search_order()  # loads the plugins, so it comes before the count of implementations
     own = Counter(i.backend for operator in OPERATORS.values() for i in _first_of_each_backend(operator))
-    for backend in search_order():
+    for backend in in_order:
         found = probe(backend.name)
         backends[backend.name] = {
             "title": backend.title,

@@ -170,7 +170,7 @@ def _print_overview(records: list[Selection]) -> None:
 def _parse_dtype(text: str) -> torch.dtype:
     if text not in DTYPES:
         raise InputError(f"dtype {text}: no such working dtype{did_you_mean(text, DTYPES)}\n  supported: {', '.join(DTYPES)}")
-    return getattr(torch, text)  # type: ignore[no-any-return]
+    return getattr(torch, text)
 
 
 def _parse_fact(text: str) -> tuple[str, str]:
