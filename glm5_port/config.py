@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from glm5_port.errors import ConfigError, InputError
+from glm5_port.errors import ConfigError, InputError, did_you_mean
 
 MODEL_TYPE = "glm_moe_dsa"
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
@@ -260,6 +260,32 @@ _RELEASES: tuple[tuple[str, float, int, tuple[int, ...]], ...] = (
     ("GLM-5 / GLM-5.1", 1e6, 202752, tuple(range(78))),
     ("GLM-5.2 / GLM-5.3", 8e6, 1048576, (0, 1, *range(2, 78, 4))),
 )
+
+
+def released(name: str) -> Glm5Config:
+    """The configuration of a release: "GLM-5", "GLM-5.1", "GLM-5.2" or "GLM-5.3". For tools that need the true widths.
+
+    Raises:
+        InputError: no such release.
+    """
+    for members, theta, context, owners in _RELEASES:
+        if name in members.split(" / "):
+            return Glm5Config(
+                **_RELEASED,
+                latent_norm_eps=_RELEASED["rms_norm_eps"],
+                rope_theta=theta,
+                max_position_embeddings=context,
+                mlp_layer_types=(DENSE,) * 3 + (SPARSE,) * 75,
+                indexer_types=tuple(FULL if layer in owners else SHARED for layer in range(78)),
+                num_nextn_predict_layers=1,
+                index_share_for_mtp_iteration=len(owners) < 78,
+                eos_token_id=(154820, 154827, 154829),
+                pad_token_id=154820,
+                dtype="bfloat16",
+            )
+    known = [member for members, *_ in _RELEASES for member in members.split(" / ")]
+    raise InputError(f"{name!r} is no release of GLM-5{did_you_mean(name, known)}\n  known: {', '.join(known)}")
+
 
 _POSITIVE_INTEGERS = (
     "vocab_size",

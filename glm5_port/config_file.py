@@ -186,14 +186,15 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
     if model_type is None:
         raise ConfigError(f"config.json does not name model_type; expected {MODEL_TYPE!r} ({ARCHITECTURE}: GLM-5, 5.1, 5.2, 5.3)")
     if model_type != MODEL_TYPE:
-        what = _OTHER_MODELS.get(model_type, "an architecture that this library does not implement")
-        near = did_you_mean(str(model_type), [MODEL_TYPE]) if model_type not in _OTHER_MODELS else ""
+        known = _OTHER_MODELS.get(str(model_type))
+        what = known or "an architecture that this library does not implement"
+        near = "" if known else did_you_mean(str(model_type), [MODEL_TYPE])
         raise ConfigError(
             f"model_type = {model_type!r} is {what}{near}\n"
             f"  supported: {MODEL_TYPE!r} ({ARCHITECTURE}), which is GLM-5, 5.1, 5.2 and 5.3"
         )
     architectures = raw.get("architectures") or [ARCHITECTURE]
-    if list(architectures) != [ARCHITECTURE]:
+    if architectures != [ARCHITECTURE]:
         raise ConfigError(f"architectures = {architectures!r}: supported is [{ARCHITECTURE!r}]")
 
 
@@ -283,7 +284,8 @@ def _mlp_layer_types(given: Mapping[str, Any], layers: int) -> tuple[str, ...]:
             raise ConfigError(
                 "config.json names neither mlp_layer_types nor first_k_dense_replace: which layers are dense is never guessed"
             )
-        return (DENSE,) * min(dense, layers) + (SPARSE,) * max(layers - dense, 0)
+        derived: tuple[str, ...] = (DENSE,) * min(dense, layers) + (SPARSE,) * max(layers - dense, 0)
+        return derived
     types = _names(given, "mlp_layer_types")
     leading = next((layer for layer, kind in enumerate(types) if kind != DENSE), len(types))
     if dense is not None and min(dense, layers) != leading:
@@ -310,8 +312,8 @@ def _indexer_types(given: Mapping[str, Any], layers: int, notes: list[str]) -> t
             raise ConfigError(f"index_skip_topk_offset = {offset!r}: it must be an integer from 0")
         schedule = (FULL if max(layer - offset + 1, 0) % freq == 0 else SHARED for layer in range(layers))
         candidates[f"index_topk_freq = {freq} with index_skip_topk_offset = {offset}"] = tuple(schedule)
-    (source, types), *others = candidates.items()
-    for other, differing in others:
+    source, types = next(iter(candidates.items()))
+    for other, differing in candidates.items():
         if differing != types:
             notes.append(f"{source} decides which layers own an indexer; {other} says otherwise, and vLLM 0.33 would follow it")
     return types
@@ -319,7 +321,7 @@ def _indexer_types(given: Mapping[str, Any], layers: int, notes: list[str]) -> t
 
 def _pattern(pattern: Any, layers: int) -> tuple[str, ...]:
     letters = {"F": FULL, "S": SHARED}
-    if isinstance(pattern, list | tuple) and set(pattern) <= set(letters.values()):
+    if isinstance(pattern, list | tuple) and all(item in letters.values() for item in pattern):
         types: tuple[str, ...] = tuple(pattern)
     elif isinstance(pattern, str) and set(pattern) <= set(letters):
         types = tuple(letters[letter] for letter in pattern)
@@ -381,7 +383,9 @@ def _quantization(given: Mapping[str, Any]) -> BlockFp8 | None:
         raise ConfigError(
             f"quantization_config.{unknown[0]} = {raw[unknown[0]]!r} is not known; known are {', '.join(_FP8_KEYS)}"
         )
-    kept = raw.get("modules_to_not_convert") or ()
+    kept = raw.get("modules_to_not_convert", ()) or ()
+    if not isinstance(kept, list | tuple):
+        raise ConfigError(f"quantization_config.modules_to_not_convert = {kept!r}: it must be a list of module names")
     # The releases name `self_attn.indexers_proj`, which is no module; they mean the indexer's weights_proj, stored in bf16.
     return BlockFp8((block[0], block[1]), tuple(str(name).replace("indexers_proj", "indexer.weights_proj") for name in kept))
 

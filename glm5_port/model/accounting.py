@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -91,6 +92,7 @@ def checkpoint_storage(config: Glm5Config) -> Storage:
     return Storage(tensors, total)
 
 
+@lru_cache  # a walk over 60,000 names, asked for again with every context and batch
 def weight_bytes(config: Glm5Config, dtype: torch.dtype, mtp: bool = False) -> int:
     """Bytes of the loaded weights in a working dtype. Block-FP8 checkpoints are dequantised while loading."""
     return sum(_float_bytes(spec, dtype.itemsize) for spec in expected_tensors(config, mtp).values())

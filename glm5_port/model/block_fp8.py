@@ -39,5 +39,6 @@ def dequantize_rows(values_OI: Tensor, scales_bobi: Tensor, block: tuple[int, in
         [O, I] in `dtype`.
     """
     rows, columns = values_OI.shape
-    wide = scales_bobi.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return (values_OI.to(torch.float32) * wide).to(dtype)
+    block_rows = torch.arange(rows, device=values_OI.device) // block[0]
+    block_columns = torch.arange(columns, device=values_OI.device) // block[1]
+    return (values_OI.to(torch.float32) * scales_bobi[block_rows[:, None], block_columns]).to(dtype)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glm5_port.config import Glm5Config
+from glm5_port.config import BlockFp8, Glm5Config
 from glm5_port.errors import CheckpointError, ConfigError
 from glm5_port.model import checkpoint as checkpoint_module
 from glm5_port.model.checkpoint import Checkpoint
+from glm5_port.model.checkpoint_check import kept_in_float
 from glm5_port.model.tensors import expected_tensors
 from tests.model import checkpoint_files as files
 
@@ -203,7 +204,7 @@ def test_a_broken_shard_is_named(tmp_path: Path, tensors: dict[str, Tensor], fau
     text = refused(tmp_path)
     assert words in text
     assert FIRST_SHARD in text
-    assert "missing (" not in text, "the tensors of a broken file are told by the file, not one by one"
+    assert "\n  missing (" not in text, "the tensors of a broken file are told by the file, not one by one"
 
 
 def test_a_truncated_single_file_is_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
@@ -224,7 +225,9 @@ def test_an_index_that_names_the_wrong_shard(tmp_path: Path, tensors: dict[str, 
     placed = read = files.read_index(files.write(tmp_path, tensors, shards=3))
     name = next(name for name in read if placed[name] != FIRST_SHARD)
     files.write_index(tmp_path, {**placed, name: FIRST_SHARD})
-    assert f"{FIRST_SHARD} lacks 1 tensors that model.safetensors.index.json places in it, for example {name}" in refused(tmp_path)
+    assert f"{FIRST_SHARD} lacks 1 tensors that model.safetensors.index.json places in it, for example {name}" in refused(
+        tmp_path
+    )
 
 
 def test_an_index_that_omits_a_tensor(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
@@ -241,7 +244,9 @@ def test_a_tensor_in_two_shards(tmp_path: Path, tensors: dict[str, Tensor]) -> N
     assert f"{NORM} is stored twice" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}']
+)
 def test_a_broken_index(tmp_path: Path, tensors: dict[str, Tensor], content: str) -> None:
     files.write(tmp_path, tensors, shards=3)
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -271,15 +276,18 @@ WIDE = {"hidden_size": 160, "kv_lora_rank": 136, "q_lora_rank": 144, "quantizati
 WIDE_CONFIG = Glm5Config.from_dict({**files.SMALL, **WIDE})
 
 
+Stored = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
+
+
 @pytest.fixture
-def fp8(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
+def fp8(tmp_path: Path) -> Stored:
     """(directory, the bf16 tensors, what is stored) of a block-FP8 checkpoint with partial blocks at both edges."""
     original = files.random_tensors(WIDE_CONFIG)
     stored = files.quantized(original, WIDE_CONFIG)
     return files.write(tmp_path, stored, shards=2, **WIDE), original, stored
 
 
-def test_block_fp8_is_multiplied_out(fp8: tuple[Path, dict[str, Tensor], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_fp8_is_multiplied_out(fp8: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, original, stored = fp8
     checkpoint = accepted(directory, mtp=True)
     assert tuple(stored["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape) == (2, 2)  # 144 x 160
@@ -297,7 +305,7 @@ def test_block_fp8_is_multiplied_out(fp8: tuple[Path, dict[str, Tensor], dict[st
             assert ((read - tensor.float()).abs() <= tensor.float().abs() / 16 + scales.max() * 2**-10).all(), name
 
 
-def test_multipliers_multiply(fp8: tuple[Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_multipliers_multiply(fp8: Stored) -> None:
     directory, _, stored = fp8
     before = accepted(directory).tensor(Q_A, torch.float32)
     doubled = stored | {Q_A + "_scale_inv": stored[Q_A + "_scale_inv"] * 2}
@@ -330,14 +338,14 @@ FP8_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FP8_FAULTS)
-def test_faults_of_block_fp8(fp8: tuple[Path, dict[str, Tensor], dict[str, Tensor]], fault: str) -> None:
+def test_faults_of_block_fp8(fp8: Stored, fault: str) -> None:
     directory, _, stored = fp8
     inject, words = FP8_FAULTS[fault]
     inject(stored)
     assert words in refused(files.write(directory, stored, shards=2, **WIDE))
 
 
-def test_fp8_without_a_quantization_config(fp8: tuple[Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_fp8_without_a_quantization_config(fp8: Stored) -> None:
     directory, _, stored = fp8
     files.write(directory, stored, shards=2, **{**WIDE, "quantization_config": None})
     assert "no quantization_config" in refused(directory)
@@ -358,17 +366,15 @@ def test_fp8_without_a_quantization_config(fp8: tuple[Path, dict[str, Tensor], d
         ("model.layers.3", False),
     ],
 )
-def test_modules_to_not_convert(fp8: tuple[Path, dict[str, Tensor], dict[str, Tensor]], entry: str, kept: bool) -> None:
+def test_an_entry_of_modules_to_not_convert_is_whole_components(entry: str, kept: bool) -> None:
+    assert kept_in_float(Q_A, BlockFp8((128, 128), (entry,))) is kept
+
+
+def test_a_module_that_is_listed_as_not_converted_but_stored_as_fp8(fp8: Stored) -> None:
     directory, _, stored = fp8
-    files.write(directory, stored, shards=2, **{**WIDE, "quantization_config": {**files.FP8, "modules_to_not_convert": [entry]}})
-    if kept:
-        assert f"{Q_A}: stored as FP8, but modules_to_not_convert names it" in refused(directory)
-    else:
-        checkpoint = Checkpoint.open(directory)
-        try:
-            checkpoint.check(expected_tensors(checkpoint.config, mtp=False))
-        except CheckpointError as error:
-            assert Q_A not in str(error)  # noqa: PT017  (model.layers.3 names tensors of another layer)
+    listed = {**files.FP8, "modules_to_not_convert": ["model.layers.0.self_attn.q_a_proj"]}
+    files.write(directory, stored, shards=2, **{**WIDE, "quantization_config": listed})
+    assert f"wrong dtype (1):\n    {Q_A}: stored as FP8, but modules_to_not_convert names it" in refused(directory)
 
 
 def test_indexers_proj_means_weights_proj() -> None:
