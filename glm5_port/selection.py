@@ -190,7 +190,7 @@ def requested_context() -> str | None:
 
 def request_token() -> tuple[Any, ...]:
     """Changes whenever a memoised choice could change: the context and the flags of the process."""
-    return (_context_backend.get(), id(_flags.current()))
+    return (_context_backend.get(), _flags.generation())
 
 
 def _split(value: str) -> tuple[str, ...]:
@@ -227,7 +227,14 @@ def request_for(operator: Operator | None, backend: str | None) -> Request:
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
-def select(operator: Operator, facts: Mapping[str, Any], *, backend: str | None = None, as_backend: str | None = None) -> Selection:
+def select(
+    operator: Operator,
+    facts: Mapping[str, Any],
+    *,
+    backend: str | None = None,
+    as_backend: str | None = None,
+    request: Request | None = None,
+) -> Selection:
     """Chooses an implementation on static facts and returns the whole record.
 
     Args:
@@ -235,14 +242,32 @@ def select(operator: Operator, facts: Mapping[str, Any], *, backend: str | None 
         facts: complete facts (`Operator.complete_facts`).
         backend: the strongest request; None follows the request order.
         as_backend: answers as if this backend were usable here (no probe, tensors on its device).
+        request: a request made already, such as a rebinding; nothing else is read then.
 
     Raises:
         SelectionError: nothing fits; the text is the record. FlagError: a pin names nothing that exists.
     """
+    selection = decide(operator, facts, backend=backend, as_backend=as_backend, request=request)
+    if selection.chosen is None:
+        raise SelectionError(f"{selection}\n  facts: {_facts_line(selection.facts)}")
+    _report(selection)
+    return selection
+
+
+def decide(
+    operator: Operator,
+    facts: Mapping[str, Any],
+    *,
+    backend: str | None = None,
+    as_backend: str | None = None,
+    request: Request | None = None,
+) -> Selection:
+    """`select` without consequences: the record also when nothing fits (`chosen` is None), and nothing is logged."""
     load_plugins()
-    request = Request((as_backend,), None, "as") if as_backend is not None else request_for(operator, backend)
     if as_backend is not None:
+        request = Request((as_backend,), None, "as")
         facts = {**facts, "device_type": _backend(as_backend, "as").device_type}
+    request = request or request_for(operator, backend)
     candidates: list[Candidate] = []
     chosen: Implementation | None = None
     for implementation in _by_preference(operator, request, str(facts["device_type"])):
@@ -253,11 +278,7 @@ def select(operator: Operator, facts: Mapping[str, Any], *, backend: str | None 
         elif not reasons:
             reasons = [f"outranked by {chosen.id}" if chosen else "outranked"]
         candidates.append(Candidate(implementation.id, take, tuple(reasons)))
-    selection = Selection(operator.name, dict(facts), request, chosen, tuple(candidates), as_backend)
-    if chosen is None:
-        raise SelectionError(f"{selection}\n  facts: {_facts_line(facts)}")
-    _report(selection)
-    return selection
+    return Selection(operator.name, dict(facts), request, chosen, tuple(candidates), as_backend)
 
 
 def _by_preference(operator: Operator, request: Request, device_type: str) -> list[Implementation]:
