@@ -1,8 +1,5 @@
-"""Tiny random GlmMoeDsaForCausalLM models of Hugging Face transformers, saved as checkpoints: the outside truth.
-
-Weights are spread so that every part matters: projections of unit gain, norms and the router's bias away from their neutral
-initial values. Stated in one place, because a model with initial biases of zero would hide half of the traps.
-"""
+"""What the comparison with Hugging Face transformers needs beside `glm5_port.testing.hugging_face`: a smaller config, and ways
+to watch what the model selects."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers import GlmMoeDsaForCausalLM
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
 
+from glm5_port.testing.hugging_face import write_checkpoint
 from glm5_port.testing.tiny import TINY
 
 SMALL: dict[str, Any] = {
@@ -35,25 +33,8 @@ SMALL: dict[str, Any] = {
 
 
 def make(directory: Path, *, seed: int = 0, **changes: Any) -> GlmMoeDsaForCausalLM:
-    """Writes a random float32 checkpoint to `directory` and returns the model that was saved."""
-    fields = {key: value for key, value in {**SMALL, **changes}.items() if key not in ("architectures", "model_type", "dtype")}
-    torch.manual_seed(seed)
-    config = GlmMoeDsaConfig(**fields)
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    model = GlmMoeDsaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.2)
-            else:
-                gain = 0.5 if name == "lm_head.weight" else 1.0  # logits of spread 0.5 leave room for an error of 1e-5
-                parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.3)
-    model.save_pretrained(directory)
-    return model
+    """Writes a random float32 checkpoint of `SMALL` with fields replaced, and returns the model that was saved."""
+    return write_checkpoint(directory, {**SMALL, **changes}, seed=seed)
 
 
 def set_latent_eps(model: GlmMoeDsaForCausalLM, eps: float) -> None:

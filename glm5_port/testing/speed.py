@@ -1,0 +1,135 @@
+"""Timing of operators beside the machine's own ceilings, measured in the same run. No speed without parity.
+
+Times are medians of repeated calls on warm inputs; shares of the floor are ratios inside one run, so that a noisy or throttled
+machine moves both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from glm5_port.registry import Implementation
+from glm5_port.testing.calls import call_with_prepared, to_device
+from glm5_port.testing.cases import WIDTH, Make
+from glm5_port.testing.parity import run
+from glm5_port.testing.workloads import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What this machine reaches with plain torch.
+
+    Attributes:
+        bandwidth: bytes read per second (sum over a tensor larger than the caches).
+        matmul_rate: floating-point operations per second of a square matmul in the working dtype.
+    """
+
+    bandwidth: float
+    matmul_rate: float
+
+
+@dataclass(slots=True)
+class Timing:
+    """One workload on one implementation.
+
+    Attributes:
+        seconds: median of a call; None when parity is red or the implementation declines.
+        floor_seconds: the larger of bytes / bandwidth and operations / matmul rate.
+        refused: why no speed is shown, or None.
+    """
+
+    operator: str
+    workload: str
+    implementation: str
+    dtype: str
+    bytes: int
+    operations: float
+    seconds: float | None
+    floor_seconds: float
+    refused: str | None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the floor is reached: 1 means as fast as the ceilings allow."""
+        return None if not self.seconds else self.floor_seconds / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share}
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has finished what was asked of it."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def median_seconds(call: Callable[[], Any], device: str, *, budget: float = 1.0, least: int = 5) -> float:
+    """Median time of a call over at least `least` runs and about `budget` seconds, after one warm-up."""
+    call()
+    synchronize(device)
+    times: list[float] = []
+    until = time.perf_counter() + budget
+    while len(times) < least or (time.perf_counter() < until and len(times) < 1000):
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Read bandwidth and matmul rate of this machine, with torch's own kernels and the current number of threads."""
+    values = torch.ones(128 * 2**20, dtype=torch.float32, device=device)  # 512 MiB: beyond any last-level cache
+    read = median_seconds(lambda: values.sum(), device)
+    size = 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiply = median_seconds(lambda: a @ b, device)
+    return Ceilings(bandwidth=values.numel() * 4 / read, matmul_rate=2 * size**3 / multiply)
+
+
+def parity_is_green(implementation: Implementation, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
+    """Runs the small parity cases of one implementation; (False, the first problem) when one fails or none passes."""
+    results = run([implementation], dtypes=[dtype], without_tags=WIDTH, backend=backend)
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        return False, f"parity is red: {failed[0]}"
+    if not any(result.status == "passed" for result in results):
+        return False, f"no parity case ran: {results[0] if results else 'the operator has no case in this dtype'}"
+    return True, ""
+
+
+def time_workload(
+    workload: Workload, implementation: Implementation, *, dtype: torch.dtype, device: str, ceilings: Ceilings, refused: str | None
+) -> Timing:
+    """Times one workload; with `refused` only the floor is worked out."""
+    operator = workload.operator
+    arguments = workload.build(Make(f"{operator.name}/{workload.name}", dtype))
+    moved = workload.bytes(arguments)
+    timing = Timing(
+        operator=operator.name,
+        workload=workload.name,
+        implementation=implementation.id,
+        dtype=str(dtype).removeprefix("torch."),
+        bytes=moved,
+        operations=workload.operations,
+        seconds=None,
+        floor_seconds=max(moved / ceilings.bandwidth, workload.operations / ceilings.matmul_rate),
+        refused=refused,
+    )
+    if refused is not None:
+        return timing
+    facts = operator.facts_of(arguments) | {"device_type": torch.device(device).type}
+    if reasons := implementation.not_supported(**facts):
+        timing.refused = "; ".join(reasons)
+        return timing
+    function = call_with_prepared(implementation, facts)
+    here = to_device(arguments, device)
+    with torch.inference_mode():
+        timing.seconds = median_seconds(lambda: function(**here), device)
+    return timing
