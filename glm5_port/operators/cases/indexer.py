@@ -197,7 +197,7 @@ def select_top_k_cases() -> Iterator[Case]:
     yield case("nothing_visible", lambda make: torch.full((3, 20), -infinity, dtype=make.dtype), 5)
     yield case("all_equal", lambda make: causal(make, make.zeros(7, 50)), 8)
     yield case("zero_plateau", lambda make: causal(make, make.normal(9, 80).clamp(min=0.0)), 60)
-    yield case("zeros_of_both_signs", lambda make: make.integers(9, 40, low=0, high=2) * -0.0, 7)
+    yield case("zeros_of_both_signs", lambda make: (make.integers(9, 40, low=0, high=2) - 0.5) * 0.0, 7)
     yield case("below_the_zero_plateau", lambda make: causal(make, make.normal(9, 80).clamp(max=0.0)), 60)
     yield case("bfloat16_collisions", lambda make: causal(make, make.normal(6, 3000, dtype=torch.bfloat16)).float(), 300)
     yield case("small_integers", lambda make: causal(make, make.integers(33, 70, low=-3, high=4)), 16)
