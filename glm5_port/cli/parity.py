@@ -114,6 +114,41 @@ def replay(
         raise typer.Exit(1)
 
 
+@app.command()
+def bisect(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint; default: a small random GLM-5.2.")
+    ] = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = "float32",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the random prompt.")] = 40,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Decode steps.")] = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Name the first operator that moves a model's output: each call of a reference run, replayed on the backend."""
+    from glm5_port.testing.bisect import bisect_report
+
+    chip = _chip(backend)
+    with _cases("parity bisect") as advance:
+        report = bisect_report(
+            checkpoint, chip, (_dtypes(dtype) or [None])[0], prompt_tokens=prompt_tokens, new_tokens=new_tokens, progress=advance
+        )
+    if as_json:
+        print_json({"backend": chip, **report.as_dict()})
+    else:
+        rows = [[name, f"{share:.0%}", str(report.operators.get(name, 0))] for name, share in report.worst_share.items()]
+        print_table(("operator", "of budget", "calls over budget"), rows, title=f"bisect on {chip}: {report.calls} operator calls replayed")
+        print_text("")
+        if (first := report.first) is None:
+            print_text("every call is within its budget: no operator moves the output")
+        else:
+            print_text(f"FIRST  call {first.call}: {first.operator} by {first.implementation}")
+            for problem in first.problems:
+                print_text(f"       {problem}")
+    if report.first is not None:
+        raise typer.Exit(1)
+
+
 def run_parity(
     backend: str | None = None, operators: list[str] | None = None, *, small: bool = False, dtype: str | None = None
 ) -> dict[str, Any]:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glm5_port.config import Glm5Config
 from glm5_port.errors import InputError
 from glm5_port.model.bindings import BoundLayer
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
+from glm5_port.model.load import load
 from glm5_port.registry import Bound
-from glm5_port.testing.calls import run_outputs, to_device, to_gold
+from glm5_port.selection import resolve_backend
+from glm5_port.testing.calls import flat, run_outputs, to_device, to_gold
 from glm5_port.testing.cases import Case, Suite, load_suites
 from glm5_port.testing.parity import Truth
+from glm5_port.testing.tiny import tiny_config
 
 
 @dataclass(slots=True)
@@ -78,7 +81,7 @@ def bisect(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> BisectReport:
     """Finds the operators of `suspect` whose outputs are over budget, in the order in which the model calls them.
 
@@ -87,7 +90,7 @@ def bisect(
         reference: the same model on the CPU, built with `implementation="reference"`.
         prompts: run through both prefill and decode.
         max_new_tokens: decode steps.
-        progress: called with (calls replayed, calls in all).
+        progress: called with (operator, calls replayed, calls in all).
 
     Raises:
         InputError: the two models are not the same model.
@@ -99,7 +102,7 @@ def bisect(
     findings: list[Finding] = []
     for number, call in enumerate(calls):
         if progress is not None:
-            progress(number, len(calls))
+            progress(suspect.binder.bindings[call.binding].selection.operator, number, len(calls))
         findings.append(_replay(number, call, suspect, own_weights))
     wrong = [finding for finding in findings if finding.problems]
     return BisectReport(
@@ -112,14 +115,33 @@ def bisect(
     )
 
 
+def bisect_report(
+    checkpoint: str | PathLike[str] | None,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BisectReport:
+    """`bisect` of a checkpoint, or (None) of a small random GLM-5.2, on a random prompt."""
+    if checkpoint is None:
+        suspect, reference = build_pair(tiny_config(), backend=backend, dtype=dtype)
+    else:
+        suspect = load(checkpoint, backend=backend, dtype=dtype)
+        reference = load(checkpoint, backend="cpu", dtype=dtype, implementation="reference")
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, suspect.config.vocab_size, (prompt_tokens,), generator=generator).tolist()
+    return bisect(suspect, reference, [prompt], max_new_tokens=new_tokens, progress=progress)
+
+
 def build_pair(
     config: Glm5Config, *, backend: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Glm5Model, Glm5Model]:
     """(suspect on the requested backend, reference on the CPU) with the same random weights."""
     reference = build(config, random_weights(config, dtype=dtype), backend="cpu", dtype=dtype, implementation="reference", **options)
-    here = random_weights(config, dtype=dtype)
-    suspect = build(config, here, backend=backend, dtype=dtype, **options)
-    return suspect.to(suspect.device), reference
+    here = random_weights(config, dtype=dtype, device=resolve_backend(backend).device_type)
+    return build(config, here, backend=backend, dtype=dtype, **options), reference
 
 
 def _record(model: Glm5Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Call]:
@@ -174,7 +196,7 @@ def _replay(number: int, call: _Call, suspect: Glm5Model, own_weights: dict[int,
 def _truth(suite: Suite, call: _Call) -> Truth:
     operator = suite.operator
     gold_arguments = {name: to_gold(value) for name, value in call.arguments.items()}
-    dtype = next(value.dtype for value in call.arguments.values() if isinstance(value, Tensor) and value.is_floating_point())
+    dtype = next(tensor.dtype for tensor in flat(call.arguments) if tensor.is_floating_point())
     with torch.no_grad():
         return Truth(
             suite=suite,
