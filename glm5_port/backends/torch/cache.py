@@ -18,7 +18,7 @@ def write_cache_eager(rows: list[Tensor], cache: list[Tensor], slots: Tensor, *,
     # A token without a slot repeats the first one that has one (same slot, same bytes, no gradient of its own), so that no
     # token has to be dropped. Where no token has a slot, the first writes back what slot 0 holds.
     is_kept = slots >= 0
-    first_kept = is_kept.to(torch.int8).argmax()
+    first_kept = is_kept.to(torch.int8).argmax(0, keepdim=True)  # [1]: indexing by a tensor without dimensions would read it
     is_writer = is_kept | (torch.arange(slots.shape[0], device=slots.device) == first_kept)
     targets = torch.where(is_kept, slots, slots[first_kept].clamp_min(0))
     page_size = cache[0].shape[1]
