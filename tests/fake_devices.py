@@ -1,8 +1,8 @@
 """Fake tensors on devices that this build of torch was made without.
 
-`FakeTensorMode` needs no device, but Python's `x[...]` on a fake CUDA tensor asks for a device guard, which a CPU-only wheel does
-not have ("PyTorch is not linked with support for cuda devices"). Inside `fake_devices()` indexing goes through the aten operators
-it stands for; everything else is FakeTensorMode as it is: `.item()` and device literals raise.
+`FakeTensorMode` needs no device, but a few of Python's methods (`x[...]`, `~x`, `contiguous`, `copy_`) ask for a device guard, which
+a CPU-only wheel does not have ("PyTorch is not linked with support for cuda devices"). Inside `fake_devices()` they go through the
+aten operators they stand for; everything else is FakeTensorMode as it is: `.item()` and device literals raise.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ aten = torch.ops.aten
 @contextlib.contextmanager
 def fake_devices() -> Iterator[FakeTensorMode]:
     """FakeTensorMode in which tensors of "cuda" and "xpu" may be made, computed with and indexed."""
-    with FakeTensorMode() as mode, _IndexingByOperators():
+    with FakeTensorMode() as mode, _WithoutDeviceGuards():
         yield mode
 
 
-class _IndexingByOperators(TorchFunctionMode):
+class _WithoutDeviceGuards(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__getitem__:
             view, indices = _view(*args)
@@ -35,7 +35,14 @@ class _IndexingByOperators(TorchFunctionMode):
             x, key, value = args
             view, indices = _view(x, key)
             value = value if isinstance(value, Tensor) else view.new_full((), value)
-            return aten.index_put_.default(view, indices, value) if indices else view.copy_(value)
+            return aten.index_put_.default(view, indices, value) if indices else aten.copy_.default(view, value)
+        if function is Tensor.__invert__:
+            return aten.bitwise_not.default(*args)
+        if function is Tensor.contiguous:
+            (x,) = args
+            return x if x.is_contiguous() else aten.clone.default(x, memory_format=torch.contiguous_format)
+        if function is Tensor.copy_:
+            return aten.copy_.default(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 

@@ -63,7 +63,8 @@ def trace_on(device: str, operator: Operator, arguments: Mapping[str, Any], name
     Arguments may be on the meta device, to be large at no cost."""
     facts = {**operator.facts_of(arguments), "device_type": device, "needs_grad": False}
     found = [i for i in operator.implementations.values() if i.portable and not i.not_supported(**facts)]
-    assert found and set(names) <= {i.id for i in found}
+    assert found
+    assert set(names) <= {i.id for i in found}
     for implementation in found:
         with fake_devices(), trace_through(), torch.no_grad():
             fakes = {n: _like(v, device) for n, v in arguments.items()}
@@ -71,7 +72,8 @@ def trace_on(device: str, operator: Operator, arguments: Mapping[str, Any], name
                 actual = outputs(implementation.function(**fakes))
             expected = outputs(operator.fake(**fakes))
         ours, declared = ([(t.shape, t.dtype, t.device) for t in tensors] for tensors in (actual, expected))
-        assert ours == declared and actual[0].device.type == device, implementation.id
+        assert ours == declared, implementation.id
+        assert actual[0].device.type == device
         yield sizes
 
 
