@@ -40,7 +40,7 @@ demo: env ## the main job on real input: backends, a small GLM-5.2, agreement wi
 	@$(BIN)/glm5-port demo
 
 lint: env ## ruff and mypy
-	@echo "== ruff format --check"; $(BIN)/ruff format --check --quiet . || { echo "  make it so: $(BIN)/ruff format ."; exit 1; }
+	@echo "== ruff format --check"; $(BIN)/ruff format --check --output-format concise --quiet . || { echo "  make it so: $(BIN)/ruff format ."; exit 1; }
 	@echo "== ruff check"; $(BIN)/ruff check --quiet .
 	@echo "== mypy"; $(BIN)/mypy
 
