@@ -1,8 +1,8 @@
 """Fake tensors on devices that this build of torch was made without.
 
-`FakeTensorMode` needs no device, but a few of Python's methods (`x[...]`, `~x`, `contiguous`, `copy_`) ask for a device guard, which
-a CPU-only wheel does not have ("PyTorch is not linked with support for cuda devices"). Inside `fake_devices()` they go through the
-aten operators they stand for; everything else is FakeTensorMode as it is: `.item()` and device literals raise.
+`FakeTensorMode` needs no device, but a few of Python's methods (`x[...]`, `~x`, `contiguous`, `copy_`) ask for a device guard,
+which a CPU-only wheel does not have ("PyTorch is not linked with support for cuda devices"). Inside `fake_devices()` they go
+through the aten operators they stand for; everything else is FakeTensorMode as it is: `.item()` and device literals raise.
 """
 
 from __future__ import annotations
