@@ -61,8 +61,8 @@ test-all: test ## also the slow tests
 bench: env ## time every operator at GLM-5 widths (refuses where parity is red)
 	@$(BIN)/glm5-port bench
 
-docs: env ## regenerate docs/flags.md
-	@$(BIN)/glm5-port flags --markdown > .flags.md && mv .flags.md docs/flags.md && echo "docs/flags.md"
+docs: env ## regenerate docs/flags.md and the evidence table of the README
+	@$(BIN)/python docs/generate.py
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

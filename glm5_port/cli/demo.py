@@ -27,7 +27,7 @@ def demo(
     say = (lambda *_: None) if as_json else print_text
     with tempfile.TemporaryDirectory() as scratch:
         directory = keep or Path(scratch) / "tiny-glm-5.2"
-        report = {
+        report: dict[str, Any] = {
             "backends": _backends(say),
             "agreement": _agreement(say, directory),
             "parity": _parity(say, show=not as_json),
@@ -76,7 +76,7 @@ def _agreement(say: Any, directory: Path) -> dict[str, Any]:
         difference = float((model(ids).cpu() - theirs(ids).logits).abs().max())
         expected = theirs.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=256)[0]
     made = model.generate(ids, max_new_tokens=NEW_TOKENS, stop_ids=())
-    same = made[0].tolist() == expected.tolist()  # type: ignore[union-attr, index]
+    same = made[0].tolist() == expected.tolist()  # type: ignore[union-attr]
     config = model.config
     say(
         f"   {source.name} of Python's standard library: {len(prompt)} tokens (bytes), index_topk {config.index_topk}, "

@@ -26,7 +26,7 @@ def flags(
     """List every environment flag: values, default, what is set now."""
     listed = [*_flags.FLAGS, _flags.OPERATOR]
     if markdown:
-        print_text(_markdown(listed))
+        print_text(page())
     elif as_json:
         print_json({"flags": [_as_dict(flag) for flag in listed], "in_force": in_force()})
     else:
@@ -46,9 +46,10 @@ def _as_dict(flag: _flags.Flag) -> dict[str, Any]:
     return {"name": flag.name, "grammar": flag.grammar, "default": flag.default, "help": flag.help}
 
 
-def _markdown(listed: list[_flags.Flag]) -> str:
+def page() -> str:
+    """docs/flags.md."""
     sections = [MARKDOWN_HEAD]
-    for flag in listed:
+    for flag in (*_flags.FLAGS, _flags.OPERATOR):
         default = f"`{flag.default}`" if flag.default else "unset"
         sections.append(f"## `{flag.name}`\n\nValues: `{flag.grammar}`. Default: {default}.\n\n{flag.help}\n")
     return "\n".join(sections).rstrip("\n")
