@@ -16,7 +16,8 @@ DEVICES = pytest.mark.parametrize("device", ["cuda", "xpu"])
 @pytest.mark.parametrize(
     "key",
     [0, slice(1, None), slice(None, None, 2), None, ..., (..., 0), (slice(None), None, 1), (0, ..., None),
-     ("index",), ("index", "index"), (slice(None), "index"), (..., "index"), (None, "index", slice(1, 3)), ("index", None, ...), (1, "index")],
+     ("index",), ("index", "index"), (slice(None), "index"), (..., "index"), (None, "index", slice(1, 3)),
+     ("index", None, ...), (1, "index")],
     ids=str,
 )  # fmt: skip
 def test_indexing_gives_the_shapes_of_real_tensors(device: str, key: Any) -> None:
