@@ -290,10 +290,9 @@ def _rows_of_sequence(
     return [row.masked_fill(unwritten[:, None], 0.0) for row in rows]
 
 
-def _visible(sequences: Tensor, positions: Tensor, sequence: int, keys: int) -> Tensor:
-    """[T, 1, L]: which keys of `sequence` each token sees."""
-    causal = torch.arange(keys, device=positions.device) <= positions[:, None]
-    return (causal & (sequences == sequence)[:, None])[:, None, :]
+def _causal(positions: Tensor, keys: int) -> Tensor:
+    """[T, 1, L]: which keys of its own sequence each token sees."""
+    return (torch.arange(keys, device=positions.device) <= positions[:, None])[:, None, :]
 
 
 @operator(
@@ -364,9 +363,10 @@ def mla_attention_expanded(
         value = torch.einsum("uc,hvc->uhv", latent, w_uv.to(wide))
         scores = torch.einsum("thn,uhn->thu", query_nope.to(wide), key_nope)
         scores = scores + torch.einsum("thr,ur->thu", query_rope.to(wide), rope_key)
-        weights = visible_softmax(scores * scale, _visible(sequences, positions, sequence, latent.shape[0]))
+        weights = visible_softmax(scores * scale, _causal(positions, latent.shape[0]))
         attended = torch.einsum("thu,uhv->thv", weights, value)
-        out = torch.where((sequences == sequence)[:, None, None], attended, out)
+        is_own = (sequences == sequence) & (positions >= 0)  # padding counts as sequence 0 and keeps its zeros
+        out = torch.where(is_own[:, None, None], attended, out)
     return out.to(query_nope.dtype)
 
 
@@ -413,9 +413,10 @@ def mla_attention_absorbed(
         latent, rope_key = _rows_of_sequence(latent_cache, block_table, lengths, sequence, cache_format, wide)
         scores = torch.einsum("thc,uc->thu", query_latent.to(wide), latent)
         scores = scores + torch.einsum("thr,ur->thu", query_rope.to(wide), rope_key)
-        weights = visible_softmax(scores * scale, _visible(sequences, positions, sequence, latent.shape[0]))
+        weights = visible_softmax(scores * scale, _causal(positions, latent.shape[0]))
         attended = torch.einsum("thu,uc->thc", weights, latent)
-        out = torch.where((sequences == sequence)[:, None, None], attended, out)
+        is_own = (sequences == sequence) & (positions >= 0)  # padding counts as sequence 0 and keeps its zeros
+        out = torch.where(is_own[:, None, None], attended, out)
     return out.to(query_latent.dtype)
 
 

@@ -25,7 +25,7 @@ from glm5_port.operators.cache import (
 )
 from tests.operators.doors import BOTH, compiled, function_of, on_absent_device
 
-ALL_LAYOUTS = [("latent", "plain"), ("latent", "fp8"), ("latent", "int8"), ("index", "plain"), ("index", "fp8"), ("index", "int8")]
+ALL_LAYOUTS = [(kind, name) for kind in ("latent", "index") for name in ("plain", "fp8", "int8")]
 EVERY_LAYOUT = pytest.mark.parametrize(("kind", "name"), ALL_LAYOUTS)
 WIDTHS = {"latent": [512, 64], "index": [128]}
 

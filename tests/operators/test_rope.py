@@ -94,7 +94,7 @@ def test_scores_agree_with_hugging_face() -> None:
     their_query, their_key = (side[0].transpose(0, 1) for side in theirs)
     scores = torch.einsum("thd,shd->ths", *ours)
     torch.testing.assert_close(scores, torch.einsum("thd,shd->ths", their_query, their_key), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(ours[0], their_query), "Hugging Face permutes channels; if it no longer does, say so in the contract"
+    assert not torch.allclose(ours[0], their_query), "Hugging Face permutes channels, says the contract"
 
 
 def test_angles_are_float32_and_as_far_off_as_documented() -> None:
