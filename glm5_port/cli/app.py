@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import glm5_port
 from glm5_port import cli, flags
@@ -21,8 +22,18 @@ from glm5_port.errors import Glm5PortError
 ORDER = ("doctor", "explain", "info", "generate", "parity", "bench", "demo", "flags")
 """The order of the help page: what a newcomer needs first. Commands not named here follow by name."""
 
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the commands in `ORDER`, whether they are functions or have subcommands of their own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        places = {name: place for place, name in enumerate(ORDER)}
+        return sorted(super().list_commands(ctx), key=lambda name: (places.get(name, len(places)), name))
+
+
 app = typer.Typer(
     name="glm5-port",
+    cls=_InOrder,
     help="GLM-5 on any chip: see which implementation runs and why, run it, and prove that it is right.",
     epilog="Environment flags: glm5-port flags. Exit codes: 0 good, 1 a check failed, 2 wrong use.",
     no_args_is_help=True,
@@ -53,8 +64,7 @@ def _before_every_command(
 def _mount_commands() -> None:
     """Every module of `glm5_port.cli` with a function or a Typer app under its own name is a command."""
     names = [module.name for module in pkgutil.iter_modules(cli.__path__) if module.name not in ("app", "output")]
-    places = {name: place for place, name in enumerate(ORDER)}
-    for name in sorted(names, key=lambda name: (places.get(name, len(places)), name)):
+    for name in names:
         module: Any = importlib.import_module(f"glm5_port.cli.{name}")
         if isinstance(getattr(module, "app", None), typer.Typer):
             app.add_typer(module.app, name=name)
