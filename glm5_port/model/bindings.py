@@ -65,8 +65,9 @@ class Binder:
             How many bindings changed.
 
         Raises:
-            InputError: unknown names, or an implementation whose weights are laid out differently.
-            SelectionError: the implementation cannot run on these facts; nothing has changed then.
+            InputError: an operator that this model does not use, or an implementation whose weights are laid out differently.
+            FlagError: an operator has no such implementation.
+            SelectionError: the implementation cannot run on these facts. Whatever is raised, nothing has changed.
         """
         names = {bound.selection.operator for bound in self.bindings}
         if operator != "*" and operator not in names:
@@ -103,6 +104,8 @@ class BoundLayer(torch.nn.Module):
         super().__init__()
         self.bound = bound
         self.arguments: dict[str, Any] = {}
+        self._names: tuple[str, ...] = ()
+        self._constants: dict[str, Any] = {}
         self._preparation: Preparation | None = None
 
     @property
@@ -112,11 +115,14 @@ class BoundLayer(torch.nn.Module):
         return self._preparation
 
     def finish_loading(self, *, trainable: bool) -> None:
+        """Registers the weights. One that is a parameter already stays that parameter: two layers may share it."""
         arguments = self.preparation.finish()
         self._preparation = None
         canonical = self.bound.implementation.prepare is None
         for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and canonical:
+            if isinstance(value, torch.nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, torch.Tensor) and canonical:
                 self.register_parameter(name, torch.nn.Parameter(value, requires_grad=trainable))
             elif isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)

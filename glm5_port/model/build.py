@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from glm5_port.errors import InputError, did_you_mean
 from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
-from glm5_port.operators.cache import cache_layout
+from glm5_port.operators.cache import INDEX, LATENT, cache_layout
 from glm5_port.selection import check_ranks_agree, resolve_backend
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
@@ -40,13 +41,14 @@ def build(
     Args:
         config: the architecture.
         read: gives one tensor; each name is asked for once.
-        device: overrides the backend's device, for fake tensors.
+        device: overrides the backend's device, for fake tensors; operators are then chosen for that device.
         implementation: pins every operator ("reference"), for comparisons.
     """
     placed = resolve_backend(backend)
     _check_limits(config, latent_norm_eps, block_size, max_context)
     cache_format = cache_format or "plain"
-    cache_layout("latent", cache_format)
+    cache_layout(LATENT, cache_format).check_widths((config.kv_lora_rank, config.qk_rope_head_dim))
+    cache_layout(INDEX, cache_format).check_widths((config.index_head_dim,))
     model = Glm5Model(
         dataclasses.replace(config, latent_norm_eps=latent_norm_eps or config.rms_norm_eps),
         backend=placed.name,
@@ -60,18 +62,19 @@ def build(
         trainable=trainable,
         implementation=implementation,
     )
+    check_ranks_agree()  # before any weight is read: every choice is made by now
     _fill(model, read)
-    check_ranks_agree()
     return model
 
 
 def random_weights(config: Glm5Config, *, dtype: torch.dtype, seed: int = 0, device: str = "cpu", mtp: bool = False) -> Read:
-    """Weights for `build` without a checkpoint: normal with a spread that keeps activations of order one, norms near one."""
+    """Weights for `build` without a checkpoint: normal with a spread that keeps activations of order one, norms near one.
+    A tensor depends on the seed and its name only, so that builds which read different sets of tensors agree on the rest."""
     shapes = {name: spec.shape for name, spec in expected_tensors(config, mtp=mtp).items()}
-    generator = torch.Generator().manual_seed(seed)
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         if name.endswith("norm.weight"):
             tensor = 1 + 0.1 * torch.randn(shape, generator=generator)
         else:

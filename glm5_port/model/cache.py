@@ -137,7 +137,8 @@ class PagedCache:
         counts_B = torch.tensor([span.count for span in spans], dtype=torch.int64)
         starts_B = torch.tensor([span.start for span in spans], dtype=torch.int64)
         query_starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
-        row_T = torch.repeat_interleave(torch.arange(len(spans)), counts_B)
+        total = sum(span.count for span in spans)  # told, so that fake tensors know the size too
+        row_T = torch.repeat_interleave(torch.arange(len(spans)), counts_B, output_size=total)
         positions_T = torch.arange(len(row_T)) - query_starts_B1[row_T] + starts_B[row_T]
         pages_T = block_table_BN[row_T, positions_T // self.page_size].long()
         device = self.device

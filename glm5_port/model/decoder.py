@@ -5,7 +5,7 @@ Shape legend: B sequences, S padded length, T packed tokens of a step, D hidden,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ DEFAULT_BLOCK_SIZE = 64
 
 
 class Glm5Model(Generation, nn.Module):
-    """A GLM-5 model. Build it with `glm5_port.load`, or with `glm5_port.model.load.build` from tensors of your own.
+    """A GLM-5 model. Build it with `glm5_port.load`, or with `glm5_port.model.build.build` from tensors of your own.
 
     Attributes:
         config: the architecture, with the latent-norm eps that was asked for.
@@ -154,14 +154,19 @@ class Glm5Model(Generation, nn.Module):
             [B, S, vocab] in the model's dtype; rows beyond a sequence's length are zero.
 
         Raises:
-            InputError: wrong shape, ids outside the vocabulary, or more positions than max_context.
+            InputError: wrong shape or dtype, ids outside the vocabulary, or more positions than max_context.
         """
         if input_ids.dim() != 2:
-            raise InputError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}; wrap a single sequence in a batch of one")
+            raise InputError(
+                f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}; wrap a single sequence in a batch of one"
+            )
         lengths = [input_ids.shape[1]] * input_ids.shape[0] if lengths is None else list(lengths)
         if len(lengths) != input_ids.shape[0] or not all(0 <= n <= input_ids.shape[1] for n in lengths):
             raise InputError(f"lengths={lengths} does not fit input_ids of shape {tuple(input_ids.shape)}")
-        self.check_tokens(input_ids, longest=max(lengths, default=0))
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise InputError(f"input_ids must hold integers, got {input_ids.dtype}")
+        lowest, highest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
+        self.check_tokens(lowest, highest, positions=max(lengths, default=0))
         cache = self.new_cache(lengths)
         logits = torch.zeros(*input_ids.shape, self.config.vocab_size, dtype=self.dtype, device=self.device)
         for row, length in enumerate(lengths):
@@ -173,17 +178,31 @@ class Glm5Model(Generation, nn.Module):
                 logits[row, start:stop] = self.logits(hidden_TD)
         return logits
 
-    def check_tokens(self, input_ids: Tensor, *, longest: int) -> None:
+    def check_tokens(self, lowest: int, highest: int, *, positions: int) -> None:
         """Raises InputError for ids outside the vocabulary or sequences beyond max_context."""
-        if longest > self.max_context:
+        if positions > self.max_context:
             raise InputError(
-                f"{longest} positions were asked for, this model was loaded for max_context={self.max_context}\n"
+                f"{positions} positions were asked for, this model was loaded for max_context={self.max_context}\n"
                 f"  Load it with a larger max_context (its config allows {self.config.max_position_embeddings})."
             )
-        if input_ids.numel() and not (0 <= int(input_ids.min()) and int(input_ids.max()) < self.config.vocab_size):
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {lowest}..{highest}")
+
+    # -- placement -----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Glm5Model:
+        """Behind `to`, `cuda`, `half` and their kin: a model may move within its device type, and nothing else, because its
+        operators were chosen for that device and dtype (and the router's bias must stay float32)."""
+        probes = [torch.empty(0, dtype=dtype, device=self.device) for dtype in (self.dtype, torch.float32)]
+        moved = [fn(probe) for probe in probes]
+        if any(m.dtype != p.dtype or m.device.type != p.device.type for m, p in zip(moved, probes, strict=True)):
             raise InputError(
-                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {int(input_ids.min())}..{int(input_ids.max())}"
+                f"this model's operators were bound for {self.dtype} on {self.device.type}; it cannot become {moved[0].dtype} on "
+                f"{moved[0].device.type}\n  Load it again with backend=... and dtype=..."
             )
+        super()._apply(fn, recurse)
+        self.device = moved[0].device
+        return self
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
@@ -194,4 +213,3 @@ class Glm5Model(Generation, nn.Module):
     def rebind(self, operator: str, implementation: str) -> int:
         """Changes a choice after construction; see `Binder.rebind`."""
         return self.binder.rebind(operator, implementation)
-

@@ -7,6 +7,7 @@ K selected positions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -93,7 +94,7 @@ class Generation:
         """Continues each prompt and returns prompt plus new tokens.
 
         Args:
-            input_ids: [B, S] tensor of equal prompts, or a list of prompts of any lengths.
+            input_ids: [B, S] tensor of prompts of one length, or a list of prompts of any lengths.
             max_new_tokens: most new tokens of each prompt.
             stop_ids: tokens that end a sequence (they are kept); None takes those of generation_config.json or config.json,
                 an empty sequence means none.
@@ -102,12 +103,19 @@ class Generation:
 
         Returns:
             A list of lists for list input; for tensor input a [B, S + longest] tensor, where rows that ended earlier are filled
-            with pad_token_id (or their own stop token, when the config has no pad id).
+            with pad_token_id (or their own last token, when the config has no pad id).
+
+        Raises:
+            InputError: an empty prompt, ids that are no integers or outside the vocabulary, a negative max_new_tokens, or more
+                positions than max_context.
         """
         prompts = _prompt_lists(input_ids)
         results = [list(prompt) for prompt in prompts]
         sampling = Sampling(temperature, top_k, top_p, seed)
-        for emissions in self.stream(prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, draft_tokens=draft_tokens):
+        steps = self.stream(
+            prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, draft_tokens=draft_tokens
+        )
+        for emissions in steps:
             for emission in emissions:
                 results[emission.row] += emission.tokens
         if not isinstance(input_ids, Tensor):
@@ -119,23 +127,28 @@ class Generation:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Tensor | Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         draft_tokens: int = 1,
     ) -> Iterator[list[Emission]]:
-        """As `generate`, but yields the new tokens of each step as they come."""
+        """As `generate`, but yields the new tokens of each step as they come. Arguments are checked before the first step."""
         model = cast("Glm5Model", self)
         if max_new_tokens < 0 or draft_tokens < 1:
-            raise InputError(f"max_new_tokens must be >= 0 and draft_tokens >= 1, got {max_new_tokens} and {draft_tokens}")
-        for row, prompt in enumerate(prompts):
-            if not len(prompt):
+            raise InputError(
+                f"max_new_tokens must be at least 0 and draft_tokens at least 1, got {max_new_tokens} and {draft_tokens}"
+            )
+        if model.mtp is not None and draft_tokens >= MAX_STEP_TOKENS:
+            raise InputError(f"draft_tokens={draft_tokens}: a step holds {MAX_STEP_TOKENS} tokens, one of which is no draft")
+        lists = _prompt_lists(prompts)
+        for row, prompt in enumerate(lists):
+            if not prompt:
                 raise InputError(f"prompt {row} is empty: each prompt needs at least one token")
-            model.check_tokens(torch.tensor(prompt), longest=len(prompt) + max_new_tokens)
+            model.check_tokens(min(prompt), max(prompt), positions=len(prompt) + max_new_tokens)
         stops = frozenset(model.stop_ids if stop_ids is None else stop_ids)
-        return self._run(model, prompts, max_new_tokens, stops, sampling or Sampling(), draft_tokens)
+        return self._run(model, lists, max_new_tokens, stops, sampling or Sampling(), draft_tokens)
 
     @staticmethod
     def _run(
@@ -150,22 +163,30 @@ class Generation:
             return
         cache = model.new_cache([len(prompt) + max_new_tokens for prompt in prompts])
         sequences = [
-            _Sequence(row, cache.open(), list(map(int, prompt)), len(prompt) + max_new_tokens) for row, prompt in enumerate(prompts)
+            _Sequence(row, cache.open(), list(prompt), len(prompt) + max_new_tokens) for row, prompt in enumerate(prompts)
         ]
         session = _Session(model, cache, stops, sampling, draft_tokens)
         with torch.inference_mode():
             emissions = session.prefill(sequences)
         yield emissions
+        advance, each = (session.decode, 1) if model.mtp is None else (session.verify_drafts, 1 + draft_tokens)
+        together = MAX_STEP_TOKENS // each  # operators were promised steps of no more tokens
         while active := [s for s in sequences if s.finished is None]:
             with torch.inference_mode():
-                emissions = session.verify_drafts(active) if model.mtp is not None else session.decode(active)
+                groups = [active[first : first + together] for first in range(0, len(active), together)]
+                emissions = [emission for group in groups for emission in advance(group)]
             yield emissions
 
 
 def _prompt_lists(input_ids: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
-    if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
-        raise InputError(f"input_ids must be [B, S] or a list of prompts, got a tensor of shape {tuple(input_ids.shape)}")
-    return [list(map(int, prompt)) for prompt in (input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids)]
+    if isinstance(input_ids, Tensor):
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids must be [B, S] or a list of prompts, got a tensor of shape {tuple(input_ids.shape)}")
+        input_ids = input_ids.tolist()
+    try:
+        return [[operator.index(token) for token in prompt] for prompt in input_ids]
+    except TypeError as error:
+        raise InputError(f"input_ids must be a list of prompts, each a list of integer token ids: {error}") from error
 
 
 @dataclass(slots=True)
@@ -209,7 +230,7 @@ class _Session:
             done = [place for place, s in enumerate(members) if s.cached == len(s.tokens)]
             waiting = [s for s in waiting if s.cached < len(s.tokens)]
             if self.model.mtp is not None:
-                self._digest([s for s in members if s.cached < len(s.tokens)])
+                self._digest(members)
             if done:
                 emissions += self._choose([members[place] for place in done], last_BD[done])
         return emissions
@@ -254,8 +275,8 @@ class _Session:
         """Shows the MTP layer every trunk state whose next token is known by now.
 
         Returns:
-            The MTP layer's last output of each sequence [B, D] and the positions it selected [B, K] (None when attention is
-            dense), or None when there was nothing to show.
+            For each sequence that there was something to show of: the MTP layer's last output [B, D] and the positions it
+            selected [B, K] (None when attention is dense). None when there was nothing at all.
         """
         known = [min(s.cached, len(s.tokens) - 1) for s in sequences]
         work = [(s, upto - s.drafted_to) for s, upto in zip(sequences, known, strict=True) if upto > s.drafted_to]

@@ -15,6 +15,7 @@ from glm5_port.config import Glm5Config
 from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
 
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What every layer of one forward step shares.
@@ -79,7 +80,9 @@ class SparseAttention(nn.Module):
         self.scale = config.softmax_scale
         self.cache_format = cache_format
 
-    def forward(self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         batch = step.batch
         query_latent_THC, query_rope_THR, query_residual_TQ = self.prologue(
             hidden=hidden_TD,
@@ -128,7 +131,9 @@ class DenseAttention(nn.Module):
         self.scale = config.softmax_scale
         self.cache_format = cache_format
 
-    def forward(self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         attend = self._decode if step.batch.phase == DECODE else self._prefill
         return attend(hidden_TD, step, cache), None
 
@@ -250,4 +255,3 @@ class Norm(nn.Module):
     def forward(self, block_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
         normed_TD, total_TD = self.add_norm(x=block_TD, residual=residual_TD, eps=self.eps)
         return normed_TD, total_TD
-

@@ -8,7 +8,6 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from glm5_port.errors import ConfigError
 from glm5_port.model.build import build, stored_dtype, working_dtype
 from glm5_port.model.checkpoint import Checkpoint
 from glm5_port.model.decoder import Glm5Model
@@ -16,7 +15,7 @@ from glm5_port.model.tensors import expected_tensors
 from glm5_port.selection import resolve_backend
 
 Progress = Callable[[int, int], None]
-"""Called with (tensors read, tensors in all)."""
+"""Called with (tensors read, tensors of the checkpoint). A model with dense attention reads no indexer, so it stays below."""
 
 
 def load(
@@ -30,6 +29,7 @@ def load(
     mtp: bool = False,
     *,
     trainable: bool = False,
+    implementation: str | None = None,
     progress: Progress | None = None,
 ) -> Glm5Model:
     """Reads a checkpoint and returns a model that is ready to run.
@@ -49,42 +49,41 @@ def load(
             since selection would keep everything.
         mtp: also load the MTP layer; generation then drafts and verifies with it.
         trainable: bind differentiable implementations, and let the weights require gradients.
-        progress: called while tensors are read.
+        progress: called after each tensor.
 
     Raises:
         ConfigError, CheckpointError: the files are not such a model, or are incomplete.
+        InputError: an option outside its range, or a cache_format that cannot store this model's rows.
         SelectionError, FlagError: no backend or implementation fits the request.
     """
-    checkpoint = Checkpoint.open(path)
-    config = checkpoint.config
-    placed = resolve_backend(backend)
-    working = working_dtype(dtype, config)
-    if mtp and config.mtp_layer is None:
-        raise ConfigError("mtp=True was asked for, and this config announces no MTP layer (num_nextn_predict_layers = 0)")
-    expected = expected_tensors(config, mtp=mtp)
-    checkpoint.check(expected)
-    device = torch.device(placed.device_type)
-    done = 0
+    device = torch.device(resolve_backend(backend).device_type)
+    with Checkpoint.open(path) as checkpoint:
+        config = checkpoint.config
+        working = working_dtype(dtype, config)
+        expected = expected_tensors(config, mtp=mtp)
+        checkpoint.check(expected)
+        done = 0
 
-    def read(name: str) -> Tensor:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, len(expected))
-        return checkpoint.tensor(name, stored_dtype(name, working)).to(device)
+        def read(name: str) -> Tensor:
+            nonlocal done
+            tensor = checkpoint.tensor(name, stored_dtype(name, working)).to(device)
+            done += 1
+            if progress is not None:
+                progress(done, len(expected))
+            return tensor
 
-    model = build(
-        config,
-        read,
-        backend=backend,
-        dtype=working,
-        latent_norm_eps=latent_norm_eps,
-        cache_format=cache_format,
-        block_size=block_size,
-        max_context=max_context,
-        mtp=mtp,
-        trainable=trainable,
-    )
-    if (stops := checkpoint.stop_ids) is not None:
-        model.stop_ids = stops
-    return model
+        model = build(
+            config,
+            read,
+            backend=backend,
+            dtype=working,
+            latent_norm_eps=latent_norm_eps,
+            cache_format=cache_format,
+            block_size=block_size,
+            max_context=max_context,
+            mtp=mtp,
+            trainable=trainable,
+        )
+        if (stops := checkpoint.stop_ids) is not None:
+            model.stop_ids = stops
+        return model

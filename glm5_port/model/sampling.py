@@ -5,6 +5,7 @@ Shape legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy (ties go to the lowest id); otherwise logits are divided by it.
         top_k: keep the k most probable tokens; None keeps all.
-        top_p: keep the smallest set of most probable tokens whose probability reaches p; None keeps all.
-        seed: sampled tokens depend on (seed, sequence, position) only: not on the batch, and not on speculation.
+        top_p: of what top_k kept (renormalised), keep the smallest set of most probable tokens whose probability reaches p;
+            None keeps all.
+        seed: any integer. A draw depends on (seed, place of the prompt in the call, position) only: not on the other prompts,
+            and not on speculation.
     """
 
     temperature: float = 0.0
@@ -46,25 +49,28 @@ class Sampling:
         if self.temperature == 0:
             return [int(token) for token in logits_BV.argmax(-1).tolist()]
         probabilities_BV = self._filtered(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)))
+        # In float64 and one after the other, as the CPU sums: a token of probability zero then adds exactly nothing and is
+        # never hit (right=True: not even by a draw of 0), and target < total always holds.
+        cumulative_BV = probabilities_BV.cpu().double().cumsum(-1)
         draws = [self._uniform(sequence, position) for sequence, position in zip(sequences, positions, strict=True)]
-        cumulative_BV = probabilities_BV.cumsum(-1)
-        targets_B1 = torch.tensor(draws, dtype=cumulative_BV.dtype, device=cumulative_BV.device).unsqueeze(-1)
-        # right=True: a token of probability zero is never hit, not even by a draw of exactly 0.
-        tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1 * cumulative_BV[:, -1:], right=True)
-        return [int(token) for token in tokens_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1).tolist()]
+        targets_B1 = torch.tensor(draws, dtype=torch.float64).unsqueeze(-1) * cumulative_BV[:, -1:]
+        return [int(token) for token in torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1).tolist()]
 
     def _filtered(self, logits_BV: Tensor) -> Tensor:
-        probabilities_BV = torch.softmax(logits_BV / self.temperature, dim=-1)
+        """[B, V] probabilities, zero for what top_k and top_p leave out; rows need not sum to one."""
+        largest_B1 = logits_BV.amax(-1, keepdim=True)  # taken off first: a tiny temperature must not make inf - inf
+        probabilities_BV = torch.softmax((logits_BV - largest_B1) / self.temperature, dim=-1)
         if self.top_k is None and self.top_p is None:
             return probabilities_BV
         sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-        keep_BV = torch.ones_like(sorted_BV, dtype=torch.bool)
         if self.top_k is not None:
-            keep_BV[:, self.top_k :] = False
-        if self.top_p is not None:
-            keep_BV &= sorted_BV.cumsum(-1) - sorted_BV < self.top_p
-        return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
+            sorted_BV[:, self.top_k :] = 0.0
+        if self.top_p is not None and self.top_p < 1:  # 1 keeps everything, whatever the sum rounds to
+            before_BV = sorted_BV.cumsum(-1) - sorted_BV
+            sorted_BV[before_BV >= self.top_p * sorted_BV.sum(-1, keepdim=True)] = 0.0
+        return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV)
 
     def _uniform(self, sequence: int, position: int) -> float:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + sequence) * 4_000_037 + position)
-        return float(torch.rand((), generator=generator, dtype=torch.float64))
+        """A number in [0, 1) of 53 random bits."""
+        digest = hashlib.blake2b(f"{self.seed},{sequence},{position}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2**53

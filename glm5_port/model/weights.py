@@ -67,7 +67,9 @@ def _load_attention(attention: nn.Module, read: Read, prefix: str, config: Glm5C
         if attention.indexer is not None:
             _load_indexer(attention.indexer, read, prefix + "indexer.", trainable=trainable)
     elif isinstance(attention, DenseAttention):
-        # Both forms share the tensors; an implementation with a layout of its own makes its own copy.
+        # Both forms share the parameters; an implementation with a layout of its own makes its own copy.
+        projections = {name: nn.Parameter(tensor, requires_grad=trainable) for name, tensor in projections.items()}
+        w_uk, w_uv, o = (nn.Parameter(tensor, requires_grad=trainable) for tensor in (w_uk, w_uv, o))
         fill(attention.project, projections, trainable=trainable)
         fill(attention.expanded, {"w_uk": w_uk, "w_uv": w_uv}, trainable=trainable)
         fill(attention.expanded_output, {"weight": o}, trainable=trainable)
@@ -89,7 +91,9 @@ def _load_indexer(indexer: Indexer, read: Read, prefix: str, *, trainable: bool)
 def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
     gate = {"gate": read(prefix + "gate.weight"), "correction_bias": read(prefix + "gate.e_score_correction_bias")}
     fill(moe.route, gate, trainable=trainable)
-    moe.route.correction_bias.requires_grad_(False)  # it only steers the choice: no gradient, and no weight decay either
+    for name, parameter in moe.route.named_parameters():
+        if name == "correction_bias":  # it only steers the choice: no gradient, and no weight decay either
+            parameter.requires_grad_(False)
     fill(moe.shared, gated_mlp_weights(read, prefix + "shared_experts."), trainable=trainable)
     preparation = moe.experts.preparation
     for expert in range(config.n_routed_experts):

@@ -139,8 +139,10 @@ def build_pair(
     config: Glm5Config, *, backend: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Glm5Model, Glm5Model]:
     """(suspect on the requested backend, reference on the CPU) with the same random weights."""
-    reference = build(config, random_weights(config, dtype=dtype), backend="cpu", dtype=dtype, implementation="reference", **options)
-    here = random_weights(config, dtype=dtype, device=resolve_backend(backend).device_type)
+    mtp = bool(options.get("mtp"))
+    stored = random_weights(config, dtype=dtype, mtp=mtp)
+    reference = build(config, stored, backend="cpu", dtype=dtype, implementation="reference", **options)
+    here = random_weights(config, dtype=dtype, device=resolve_backend(backend).device_type, mtp=mtp)
     return build(config, here, backend=backend, dtype=dtype, **options), reference
 
 
