@@ -96,7 +96,12 @@ class Flags:
 
     def environment(self) -> dict[str, str]:
         """The environment that reproduces these flags in a child process or another rank."""
-        settings = {BACKEND.name: self.backend, STRICT.name: str(int(self.strict)), LOG.name: self.log, PLUGINS.name: self.plugins}
+        settings = {
+            BACKEND.name: self.backend,
+            STRICT.name: str(int(self.strict)),
+            LOG.name: self.log,
+            PLUGINS.name: self.plugins,
+        }
         return settings | {OPERATOR_PREFIX + name.upper(): value for name, value in self.pins.items()}
 
 
@@ -123,7 +128,7 @@ def read(environ: Mapping[str, str], operators: frozenset[str]) -> Flags:
                 pins[pin_flags[name]] = value
             continue
         if name not in by_name:
-            known = sorted(by_name) + [OPERATOR.name]
+            known = [*sorted(by_name), OPERATOR.name]
             raise FlagError(f"unknown flag {name}{did_you_mean(name, [*by_name, *pin_flags])}\n  known flags: {', '.join(known)}")
         flag = by_name[name]
         if value and flag.choices and value not in flag.choices:

@@ -152,7 +152,7 @@ class Implementation:
         if self._torch_op is None:
             variant = "" if self.backend == REFERENCE else f"_{self.variant}"
             name = re.sub(r"\W", "_", f"{self.operator.name}__{self.backend}{variant}")  # names of chips may hold a hyphen
-            # The declaration's annotations are read, not the implementation's, except where prepared weights change the parameters.
+            # The declaration's annotations are read, not the implementation's: only prepared weights change the parameters.
             annotated = self.operator.reference if self.prepare is None else self.function
             schema = torch.library.infer_schema(annotated, mutates_args=self.operator.mutates)
             self._torch_op = _define(name, schema, self.function, self.fake)
@@ -173,7 +173,9 @@ OPERATORS: dict[str, Operator] = {}
 def register_backend(backend: Backend) -> None:
     """Adds a chip. Raises InputError when the name is taken or reserved."""
     if backend.name in BACKENDS or backend.name in (PORTABLE, REFERENCE, "auto"):
-        raise InputError(f"backend name {backend.name!r} is taken (known: {', '.join(BACKENDS)}; reserved: auto, torch, reference)")
+        raise InputError(
+            f"backend name {backend.name!r} is taken (known: {', '.join(BACKENDS)}; reserved: auto, torch, reference)"
+        )
     BACKENDS[backend.name] = backend
 
 
@@ -285,8 +287,8 @@ class Operator:
         ours = [name for name in self.parameters if not (prepared and name in self.weights)]
         if (theirs[: len(ours)] if prepared else theirs) != ours:
             raise InputError(
-                f"{backend}/{variant} for {self.name}: parameters ({', '.join(theirs)}) differ from the declaration ({', '.join(ours)}"
-                + (", then the prepared weights)" if prepared else ")")
+                f"{backend}/{variant} for {self.name}: parameters ({', '.join(theirs)}) "
+                f"differ from the declaration ({', '.join(ours)}" + (", then the prepared weights)" if prepared else ")")
             )
 
     # -- choosing ------------------------------------------------------------------------------------------------------
@@ -355,12 +357,10 @@ def operator(
     fake: Callable[..., Any] | None = None,
     weights: Sequence[str] = (),
     mutates: Sequence[str] = (),
-    budget: Budget = Budget(),  # noqa: B008 - frozen
+    budget: Budget = Budget(),
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Declares an operator by its reference function. See `Operator` for the arguments."""
-    return lambda reference: Operator(
-        reference, facts=facts or {}, fake=fake, weights=weights, mutates=mutates, budget=budget
-    )
+    return lambda reference: Operator(reference, facts=facts or {}, fake=fake, weights=weights, mutates=mutates, budget=budget)
 
 
 class Bound:
@@ -405,8 +405,9 @@ class Bound:
     def _refuse_gradients(self, values: Sequence[Any]) -> None:
         if any(t.requires_grad for t in _tensors(values)):
             raise GradientError(
-                f"{self.implementation.operator.name} was bound for inference (needs_grad=False, {self.implementation.id}) and got "
-                "a tensor that requires a gradient.\n  Build the model with trainable=True, or call under torch.no_grad()."
+                f"{self.implementation.operator.name} was bound for inference "
+                f"(needs_grad=False, {self.implementation.id}) and got a tensor that requires a gradient.\n"
+                "  Build the model with trainable=True, or call under torch.no_grad()."
             )
 
     def prepare(self) -> Preparation:

@@ -88,7 +88,8 @@ class Selection:
     def __str__(self) -> str:
         width = max((len(c.id) for c in self.candidates), default=0)
         rows = [
-            f"  {'->' if c.chosen else '  '} {c.id:{width}}  {'chosen' if c.chosen else '; '.join(c.reasons)}" for c in self.candidates
+            f"  {'->' if c.chosen else '  '} {c.id:{width}}  {'chosen' if c.chosen else '; '.join(c.reasons)}"
+            for c in self.candidates
         ]
         return "\n".join([self.title, *rows])
 
@@ -304,7 +305,9 @@ def _check_pin(operator: Operator, request: Request) -> None:
         )
 
 
-def _reasons(implementation: Implementation, request: Request, facts: Mapping[str, Any], *, hypothetical: str | None) -> list[str]:
+def _reasons(
+    implementation: Implementation, request: Request, facts: Mapping[str, Any], *, hypothetical: str | None
+) -> list[str]:
     """Why `implementation` cannot serve this request; empty means it can."""
     reasons: list[str] = []
     pinned = request.pin is not None and request.pin in (implementation.id, implementation.variant, implementation.backend)

@@ -33,7 +33,13 @@ def test_all_values_are_read():
         },
         NAMES,
     )
-    assert (read.backend, read.strict, read.log, read.plugins, dict(read.pins)) == ("npu,cpu", True, "trace", "none", {"rms_norm": "eager"})
+    assert (read.backend, read.strict, read.log, read.plugins, dict(read.pins)) == (
+        "npu,cpu",
+        True,
+        "trace",
+        "none",
+        {"rms_norm": "eager"},
+    )
     assert read.given == {"GLM5_PORT_BACKEND", "GLM5_PORT_STRICT", "GLM5_PORT_LOG", "GLM5_PORT_PLUGINS", "GLM5_PORT_OP_RMS_NORM"}
 
 
@@ -105,7 +111,13 @@ def test_environment_reproduces_the_flags(set_flags):
     set_flags(GLM5_PORT_BACKEND="npu,cpu", GLM5_PORT_STRICT="1", GLM5_PORT_OP_RMS_NORM="eager", GLM5_PORT_LOG="quiet")
     here = flags.current()
     there = flags.read(here.environment(), frozenset(OPERATORS))
-    assert (there.backend, there.strict, there.log, there.plugins, there.pins) == (here.backend, here.strict, here.log, here.plugins, here.pins)
+    assert (there.backend, there.strict, there.log, there.plugins, there.pins) == (
+        here.backend,
+        here.strict,
+        here.log,
+        here.plugins,
+        here.pins,
+    )
 
 
 def test_every_flag_has_help_and_grammar():

@@ -269,7 +269,9 @@ def test_mutation_is_declared_to_torch(declare, set_flags):
             field[slots] = row
 
     operator = declare(fill_rows, mutates=("cache",), fake=lambda rows, cache, slots: None)
-    operator.implement(PORTABLE, variant="eager")(lambda rows, cache, slots: [f.index_copy_(0, slots, r) for r, f in zip(rows, cache, strict=True)] and None)
+    operator.implement(PORTABLE, variant="eager")(
+        lambda rows, cache, slots: [f.index_copy_(0, slots, r) for r, f in zip(rows, cache, strict=True)] and None
+    )
     bound = operator.bind(device_type="cpu", dtype=torch.float32)
 
     def write_and_read(row, field, slots):
@@ -307,7 +309,10 @@ def expert_operator(declare, set_flags):
         return x @ table[0]
 
     operator = declare(
-        expert, weights=("table",), facts={"experts": lambda table, **_: table.shape[0]}, fake=lambda x, ids, **_: torch.empty_like(x)
+        expert,
+        weights=("table",),
+        facts={"experts": lambda table, **_: table.shape[0]},
+        fake=lambda x, ids, **_: torch.empty_like(x),
     )
 
     def packed_matmul(x: Tensor, ids: Tensor, packed: Tensor, scale: int) -> Tensor:

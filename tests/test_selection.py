@@ -33,9 +33,9 @@ def same(declare, chip, set_flags):
     chip("away", missing="its driver is not installed")
     operator.implement(PORTABLE, variant="eager", differentiable=True)(lambda x: x.clone())
     operator.implement("here", variant="plain", rank=20)(lambda x: x.clone())
-    operator.implement("here", variant="quick", rank=10, not_supported=lambda *, dtype, **_: [] if dtype != torch.float64 else ["no float64"])(
-        lambda x: x.clone()
-    )
+    operator.implement(
+        "here", variant="quick", rank=10, not_supported=lambda *, dtype, **_: [] if dtype != torch.float64 else ["no float64"]
+    )(lambda x: x.clone())
     operator.implement("away", variant="quick")(lambda x: x.clone())
     return operator
 
@@ -76,7 +76,11 @@ def test_each_level_beats_the_next_and_says_so(same, set_flags):
 
     set_flags(GLM5_PORT_BACKEND="away", **{pin(same): "plain"})
     pinned = same.select(**FACTS)
-    assert (pinned.chosen.id, pinned.request.source, pinned.request.overridden) == ("here/plain", pin(same), ("GLM5_PORT_BACKEND=away",))
+    assert (pinned.chosen.id, pinned.request.source, pinned.request.overridden) == (
+        "here/plain",
+        pin(same),
+        ("GLM5_PORT_BACKEND=away",),
+    )
 
     with use_backend("cpu"):
         in_context = same.select(**FACTS)
@@ -164,7 +168,9 @@ def test_strict_refuses_portable_implementations(same, set_flags):
     assert same.select(**FACTS).chosen.id == "here/quick"
 
 
-@pytest.mark.parametrize(("value", "chosen"), [("plain", "here/plain"), ("here/plain", "here/plain"), ("torch/eager", "torch/eager")])
+@pytest.mark.parametrize(
+    ("value", "chosen"), [("plain", "here/plain"), ("here/plain", "here/plain"), ("torch/eager", "torch/eager")]
+)
 def test_pins(same, set_flags, value, chosen):
     set_flags(**{pin(same): value})
     record = same.select(**FACTS)
@@ -283,7 +289,7 @@ def test_choices_digest_follows_the_choices(same):
 
 # -- plugins -----------------------------------------------------------------------------------------------------------
 
-PLUGIN = '''
+PLUGIN = """
 from glm5_port.registry import BACKENDS, Backend, Probe, register_backend
 from glm5_port.operators import rms_norm
 
@@ -299,7 +305,7 @@ def half():
     rms_norm.implement("halfchip", variant="kernel")(lambda x, weight, eps: x)
     rms_norm.implement("cpu", variant="stray", rank=1)(lambda x, weight, eps: x)
     raise RuntimeError("the vendor library is too old")
-'''
+"""
 
 
 @pytest.fixture
@@ -310,7 +316,8 @@ def plugins(tmp_path, monkeypatch, set_flags):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: glm5-test-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[glm5_port.backends]\ngood = glm5_test_plugin:good\nabsent = glm5_no_such_module:register\nhalf = glm5_test_plugin:half\n"
+        "[glm5_port.backends]\ngood = glm5_test_plugin:good\n"
+        "absent = glm5_no_such_module:register\nhalf = glm5_test_plugin:half\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert {p.name for p in metadata.entry_points(group="glm5_port.backends")} >= {"good", "absent", "half"}
@@ -411,10 +418,17 @@ print(json.dumps([name for name in vendors if name in sys.modules]))
 
 def test_ranks_that_differ_stop_and_no_vendor_package_is_imported(tmp_path):
     """One process for both: two forked gloo ranks, and what `import glm5_port` brought in."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(flags.PREFIX)} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(flags.PREFIX)} | {
+        "PYTHONPATH": os.pathsep.join(sys.path)
+    }
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        [sys.executable, "-c", RANKS, str(tmp_path / "store")], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, "-c", RANKS, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     told, vendors = (json.loads(line) for line in done.stdout.splitlines())

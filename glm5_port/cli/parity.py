@@ -137,7 +137,11 @@ def bisect(
         print_json({"backend": chip, **report.as_dict()})
     else:
         rows = [[name, f"{share:.0%}", str(report.operators.get(name, 0))] for name, share in report.worst_share.items()]
-        print_table(("operator", "of budget", "calls over budget"), rows, title=f"bisect on {chip}: {report.calls} operator calls replayed")
+        print_table(
+            ("operator", "of budget", "calls over budget"),
+            rows,
+            title=f"bisect on {chip}: {report.calls} operator calls replayed",
+        )
         print_text("")
         if (first := report.first) is None:
             print_text("every call is within its budget: no operator moves the output")
@@ -193,7 +197,8 @@ def print_report(report: dict[str, Any]) -> None:
     print_text("\noperator x backend")
     print_text("\n".join(matrix_lines(report["matrix"])))
     print_text(
-        f"\n{report['passed']} passed, {report['failed']} failed, {report['declined']} declined, {report['unavailable']} unavailable"
+        f"\n{report['passed']} passed, {report['failed']} failed, "
+        f"{report['declined']} declined, {report['unavailable']} unavailable"
     )
 
 

@@ -104,7 +104,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def run_outputs(operator: Operator, function: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Tensor]:
-    """Calls `function` on a copy of `arguments` and returns its outputs, then the mutated arguments, as a flat list on the CPU."""
+    """Calls `function` on a copy of `arguments`. Returns its outputs, then the mutated arguments: a flat list on the CPU."""
     mine = copy.deepcopy(dict(arguments))
     with torch.no_grad():
         result = function(**mine)
@@ -152,7 +152,8 @@ def check_fake(implementation: Implementation, arguments: Mapping[str, Any], out
     if len(promised) != len(returned):
         return [f"the fake promises {len(promised)} outputs, the call returns {len(returned)}"]
     return [
-        f"the fake promises {tuple(fake.shape)} {fake.dtype} for output {place}, the call returns {tuple(real.shape)} {real.dtype}"
+        f"the fake promises {tuple(fake.shape)} {fake.dtype} for output {place}, "
+        f"the call returns {tuple(real.shape)} {real.dtype}"
         for place, (fake, real) in enumerate(zip(promised, returned, strict=True))
         if fake.shape != real.shape or fake.dtype != real.dtype
     ]

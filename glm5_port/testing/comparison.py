@@ -74,7 +74,10 @@ def check_equal(output: Tensor, expected: Tensor) -> list[str]:
     if not wrong.any():
         return []
     place = tuple(int(i) for i in wrong.nonzero()[0])
-    return [f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {place}: {output[place].item()} instead of {expected[place].item()}"]
+    return [
+        f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {place}: "
+        f"{output[place].item()} instead of {expected[place].item()}"
+    ]
 
 
 def check_within_budget(outcome: Outcome, output: Tensor, reference: Tensor, gold: Tensor) -> list[str]:
@@ -105,7 +108,8 @@ def _anomalies(output: Tensor, reference: Tensor) -> str | None:
         wrong = mask(output) != mask(reference)
         if wrong.any():
             place = tuple(int(i) for i in wrong.nonzero()[0])
-            return f"{name} in other places than the reference, first at {place}: {output[place].item()} against {reference[place].item()}"
+            values = f"{output[place].item()} against {reference[place].item()}"
+            return f"{name} in other places than the reference, first at {place}: {values}"
     return None
 
 

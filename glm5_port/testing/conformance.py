@@ -32,7 +32,9 @@ class Item:
     @property
     def id(self) -> str:
         dtype = f"-{str(self.dtype).removeprefix('torch.')}" if self.dtype is not None else ""
-        return f"{self.backend}-{self.implementation.operator.name}-{self.implementation.id}{dtype}{'-width' if self.width else ''}"
+        return (
+            f"{self.backend}-{self.implementation.operator.name}-{self.implementation.id}{dtype}{'-width' if self.width else ''}"
+        )
 
 
 def items() -> list[Item]:

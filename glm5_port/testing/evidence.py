@@ -78,7 +78,9 @@ def evidence(results: Iterable[Mapping[str, Any]], backend: str) -> dict[str, An
             if (result["operator"], result["implementation"]) == (row["operator"], row["implementation"]):
                 for name, value in result["errors"].items():
                     errors[name] = max(errors.get(name, 0.0), value)
-        rows.append({**{k: v for k, v in row.items() if k != "backend"}, "worst_errors": errors, "source": source_hash(implementation)})
+        rows.append(
+            {**{k: v for k, v in row.items() if k != "backend"}, "worst_errors": errors, "source": source_hash(implementation)}
+        )
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"format": FORMAT, "kind": "parity", "device": device_description(backend), "date": date, "rows": rows}
 
@@ -122,5 +124,7 @@ def stale_rows(record: Mapping[str, Any]) -> list[str]:
         if implementation is None:
             stale.append(f"{row['operator']} {row['implementation']}: does not exist any more")
         elif source_hash(implementation) != row["source"]:
-            stale.append(f"{row['operator']} {row['implementation']}: its source, declaration or cases changed since {record['date']}")
+            stale.append(
+                f"{row['operator']} {row['implementation']}: its source, declaration or cases changed since {record['date']}"
+            )
     return stale

@@ -1,9 +1,9 @@
 """Runs parity: every implementation against the float64 gold of its operator's cases.
 
-    truth_of(suite, case, dtype)     inputs, the reference in the working dtype, the gold in float64
-    run_case(suite, implementation, case, dtype)    one implementation on one case, judged
-    run(implementations)             all cases; never raises for what an implementation does
-    run_chip(backend)                what runs on one chip: its own implementations and the portable ones
+truth_of(suite, case, dtype)     inputs, the reference in the working dtype, the gold in float64
+run_case(suite, implementation, case, dtype)    one implementation on one case, judged
+run(implementations)             all cases; never raises for what an implementation does
+run_chip(backend)                what runs on one chip: its own implementations and the portable ones
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class Truth:
                 wrong = ((bits(right) == bits(old)) & (bits(mine) != bits(old))).any(-1)
                 if wrong.any():
                     where = tuple(int(i) for i in wrong.nonzero()[0])
-                    problems.append(f"mutated argument {place}: {int(wrong.sum())} elements written that must be left alone, first at {where}")
+                    problems.append(
+                        f"mutated argument {place}: {int(wrong.sum())} elements written that must be left alone, first at {where}"
+                    )
         return problems
 
 
@@ -171,7 +173,9 @@ def run_case(
     return result
 
 
-def _judge(truth: Truth, implementation: Implementation, facts: Mapping[str, Any], device: str) -> tuple[list[str], dict[str, float]]:
+def _judge(
+    truth: Truth, implementation: Implementation, facts: Mapping[str, Any], device: str
+) -> tuple[list[str], dict[str, float]]:
     suite, operator = truth.suite, truth.suite.operator
     function = call_with_prepared(implementation, facts)
     here = to_device(truth.arguments, device)
@@ -184,7 +188,9 @@ def _judge(truth: Truth, implementation: Implementation, facts: Mapping[str, Any
     problems += promises.check_promises(suite, implementation, function, truth.arguments, device, outputs)
     if suite.rows and not truth.case.tags & WIDTH:
         gaps = to_device({n: strided(v) if n in suite.rows else v for n, v in truth.arguments.items()}, device)
-        problems += [f"with non-contiguous {', '.join(suite.rows)}: {p}" for p in truth.judge(run_outputs(operator, function, gaps))[0]]
+        problems += [
+            f"with non-contiguous {', '.join(suite.rows)}: {p}" for p in truth.judge(run_outputs(operator, function, gaps))[0]
+        ]
     if implementation.differentiable and truth.dtype == torch.float32 and not truth.case.tags & WIDTH:
         problems += _check_gradients(truth, function, device)
     return problems, errors
@@ -193,7 +199,9 @@ def _judge(truth: Truth, implementation: Implementation, facts: Mapping[str, Any
 def _check_gradients(truth: Truth, function: Callable[..., Any], device: str) -> list[str]:
     """An implementation that calls itself differentiable gives the reference's gradients, within the budget."""
     reference = truth.suite.operator.reference
-    if truth.suite.operator.mutates or not all(torch.isfinite(t).all() for t in flat([truth.gold_arguments, truth.gold]) if t.is_floating_point()):
+    if truth.suite.operator.mutates or not all(
+        torch.isfinite(t).all() for t in flat([truth.gold_arguments, truth.gold]) if t.is_floating_point()
+    ):
         return []
     ours = _gradients(function, to_device(truth.arguments, device))
     right, gold = _gradients(reference, truth.arguments), _gradients(reference, truth.gold_arguments)
@@ -207,14 +215,19 @@ def _check_gradients(truth: Truth, function: Callable[..., Any], device: str) ->
 
 def _gradients(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """Gradients of a fixed weighting of all floating outputs with respect to each floating argument that has one."""
-    mine = {n: v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
+    mine = {
+        n: v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in arguments.items()
+    }
     with torch.enable_grad():
         result = function(**mine)
-        outputs = [t for t in (result if isinstance(result, (list, tuple)) else [result]) if t.is_floating_point() and t.requires_grad]
+        outputs = [
+            t for t in (result if isinstance(result, (list, tuple)) else [result]) if t.is_floating_point() and t.requires_grad
+        ]
         if not outputs:
             return {}
         weighting = (torch.arange(t.numel(), dtype=torch.float64).add(1).sin().reshape(t.shape).to(t) for t in outputs)
-        sum((t * w).sum() for t, w in zip(outputs, weighting, strict=True)).backward()  # type: ignore[union-attr]
+        sum((t * w).sum() for t, w in zip(outputs, weighting, strict=True)).backward()
     return {n: v.grad.cpu() for n, v in mine.items() if isinstance(v, Tensor) and v.grad is not None}
 
 
@@ -253,18 +266,29 @@ def run(
             progress(f"{suite.operator.name} {case.name} {_plain(dtype)}", done, len(work))
         results += _run_one(suite, case, dtype, [i for i in implementations if i.operator is suite.operator], backend)
     if not only_tags:
-        results += [r for i in implementations if i.operator.name in suites for r in _tie_row(suites[i.operator.name], i, results, backend)]
+        results += [
+            r
+            for i in implementations
+            if i.operator.name in suites
+            for r in _tie_row(suites[i.operator.name], i, results, backend)
+        ]
     return results
 
 
-def _run_one(suite: Suite, case: Case, dtype: torch.dtype, implementations: Sequence[Implementation], backend: str) -> list[ParityResult]:
+def _run_one(
+    suite: Suite, case: Case, dtype: torch.dtype, implementations: Sequence[Implementation], backend: str
+) -> list[ParityResult]:
     """One case through all implementations; the gold is computed once, and only if something can run."""
     results: list[ParityResult] = []
     truth: Truth | None = None
     for implementation in implementations:
         chip = implementation.backend if implementation.backend in BACKENDS else backend
         if (missing := _missing(implementation, chip)) is not None:
-            results.append(ParityResult(suite.operator.name, implementation.id, case.name, _plain(dtype), "unavailable", [missing], backend=chip))
+            results.append(
+                ParityResult(
+                    suite.operator.name, implementation.id, case.name, _plain(dtype), "unavailable", [missing], backend=chip
+                )
+            )
             continue
         if truth is None:
             try:
@@ -286,7 +310,11 @@ def _tie_row(suite: Suite, implementation: Implementation, results: Sequence[Par
     if all(status == "unavailable" for status in tried.values()):
         return []
     problems = promises.check_tie_cases(suite, implementation, tried)
-    return [ParityResult(suite.operator.name, implementation.id, PROMISE_CASE, "", "failed", problems, backend=backend)] if problems else []
+    return (
+        [ParityResult(suite.operator.name, implementation.id, PROMISE_CASE, "", "failed", problems, backend=backend)]
+        if problems
+        else []
+    )
 
 
 def implementations_on(backend: str, operators: Sequence[str] | None = None) -> list[Implementation]:
@@ -301,7 +329,9 @@ def implementations_on(backend: str, operators: Sequence[str] | None = None) -> 
             raise InputError(f"no such operator: {name}{did_you_mean(name, OPERATORS)}\n  known: {', '.join(OPERATORS)}")
     if backend not in BACKENDS:
         raise InputError(f"no such backend: {backend}{did_you_mean(backend, BACKENDS)}\n  known: {', '.join(BACKENDS)}")
-    found = [i for name in operators or OPERATORS for i in OPERATORS[name].implementations.values() if i.backend in (backend, PORTABLE)]
+    found = [
+        i for name in operators or OPERATORS for i in OPERATORS[name].implementations.values() if i.backend in (backend, PORTABLE)
+    ]
     return sorted(found, key=lambda i: (list(OPERATORS).index(i.operator.name), i.portable, i.rank, i.id))
 
 
@@ -319,6 +349,6 @@ def _text(error: Exception) -> str:
 
 
 __all__ = [
-    "ParityResult", "Truth", "call_with_prepared", "implementations_on", "run", "run_case", "run_chip", "run_outputs", "same_bits",
-    "to_device", "to_gold", "truth_of",
+    "ParityResult", "Truth", "call_with_prepared", "implementations_on", "run", "run_case", "run_chip", "run_outputs",
+    "same_bits", "to_device", "to_gold", "truth_of",
 ]  # fmt: skip

@@ -21,14 +21,20 @@ ROWS_TRIED = 4
 
 
 def check_promises(
-    suite: Suite, implementation: Implementation, function: Callable[..., Any], arguments: Mapping[str, Any], device: str,
+    suite: Suite,
+    implementation: Implementation,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    device: str,
     outputs: Sequence[Tensor],
 ) -> list[str]:
     """What `implementation` promises and does not keep on this case. `arguments` and `outputs` are on the CPU."""
     problems: list[str] = []
     again = to_device(arguments, device)
     if "deterministic" in implementation.promises:
-        problems += _differences("promises to be deterministic, and two runs differ", outputs, run_outputs(suite.operator, function, again))
+        problems += _differences(
+            "promises to be deterministic, and two runs differ", outputs, run_outputs(suite.operator, function, again)
+        )
     if "thread_invariant" in implementation.promises:
         problems += _check_threads(suite, function, again, outputs)
     if "batch_invariant" in implementation.promises:
@@ -77,7 +83,9 @@ def alone(suite: Suite, arguments: Mapping[str, Any], row: int) -> dict[str, Any
     return mine
 
 
-def _check_threads(suite: Suite, function: Callable[..., Any], arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> list[str]:
+def _check_threads(
+    suite: Suite, function: Callable[..., Any], arguments: Mapping[str, Any], outputs: Sequence[Tensor]
+) -> list[str]:
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -99,7 +107,11 @@ def _check_batch(
     count = next(flat(arguments[suite.rows[0]])).shape[0]
     state = {name: arguments[name] for name in operator.mutates}
     returned = len(outputs) - len(written(operator, arguments))
-    rows = range(count) if state else sorted({round(place * (count - 1) / (ROWS_TRIED - 1)) for place in range(ROWS_TRIED)} if count else ())
+    rows = (
+        range(count)
+        if state
+        else sorted({round(place * (count - 1) / (ROWS_TRIED - 1)) for place in range(ROWS_TRIED)} if count else ())
+    )
     for row in rows:
         mine = alone(suite, {**arguments, **state}, row)
         if mine is None:

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="Turns skipped parity tests of this backend into failures, and fails the run when nothing passed on it. May be repeated.",
+        help="Skipped parity tests of this backend are failures, and so is a run in which nothing passed on it. May be repeated.",
     )
 
 
@@ -66,7 +66,8 @@ class Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Takes the results off each finished test."""
         if report.when == "call":
-            self.results += [r for name, results in report.user_properties if name == RESULTS for r in results]
+            properties: list[tuple[str, Any]] = report.user_properties
+            self.results += [result for name, results in properties if name == RESULTS for result in results]
 
     def missing(self) -> list[str]:
         """Required backends on which no parity case passed."""

@@ -87,7 +87,9 @@ def record(
             chip = implementation.backend if implementation.backend in BACKENDS else backend
             if (missing := probe(chip).missing) is not None:
                 results.append(
-                    ParityResult(suite.operator.name, implementation.id, case.name, _plain(dtype), "unavailable", [missing], backend=chip)
+                    ParityResult(
+                        suite.operator.name, implementation.id, case.name, _plain(dtype), "unavailable", [missing], backend=chip
+                    )
                 )
                 continue
             device = BACKENDS[chip].device_type
@@ -106,7 +108,9 @@ def record(
                     "case": case.name,
                     "dtype": _plain(dtype),
                     "inputs": input_digest(truth.arguments),
-                    "outputs": [{"key": k, "shape": list(t.shape), "dtype": _plain(t.dtype)} for k, t in zip(keys, outputs, strict=True)],
+                    "outputs": [
+                        {"key": k, "shape": list(t.shape), "dtype": _plain(t.dtype)} for k, t in zip(keys, outputs, strict=True)
+                    ],
                     "source": source_hash(implementation),
                     "contract": contract_hash(suite.operator),
                 }
@@ -145,7 +149,9 @@ def replay(
         truth = truths[key]
         outputs = [_tensor(path, arrays, spec) for spec in entry["outputs"]]
         problems, errors = truth.judge(outputs)
-        result = ParityResult(*key[:1], entry["implementation"], *key[1:], "failed" if problems else "passed", problems, errors, entry["backend"])
+        result = ParityResult(
+            *key[:1], entry["implementation"], *key[1:], "failed" if problems else "passed", problems, errors, entry["backend"]
+        )
         replays.append(Replay(result, [mine for mine, _ in locals_[key]]))
         for mine, theirs in locals_[key]:
             if theirs is not None and mine.status == "passed":
@@ -193,8 +199,10 @@ def _truth_of_entry(path: str | Path, index: Mapping[str, Any], entry: Mapping[s
         same = contract_hash(suite.operator) == entry["contract"]
         why = "PyTorch's random numbers or roundings differ" if same else "the operator's cases were changed since"
         raise ParityError(
-            f"{path}: {where}: the inputs made here are not the recorded ones ({mine[:12]} instead of {entry['inputs'][:12]}): {why}\n"
-            f"  recorded with torch {index['device']['torch']}, glm5_port {index['device']['glm5_port']}; here torch {torch.__version__}\n"
+            f"{path}: {where}: the inputs made here are not the recorded ones "
+            f"({mine[:12]} instead of {entry['inputs'][:12]}): {why}\n"
+            f"  recorded with torch {index['device']['torch']}, glm5_port {index['device']['glm5_port']}; "
+            f"here torch {torch.__version__}\n"
             "  Record and replay with the same versions on both machines."
         )
     return truth
@@ -209,7 +217,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
         raise ParityError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         raise ParityError(
-            f"{path}: not a parity record, or truncated ({type(error).__name__}: {error})\n  `glm5-port parity record FILE` writes one"
+            f"{path}: not a parity record, or truncated ({type(error).__name__}: {error})\n"
+            "  `glm5-port parity record FILE` writes one"
         ) from error
     if not isinstance(index, dict) or index.get("kind") != KIND:
         raise ParityError(f"{path}: a numpy archive, but not a parity record\n  `glm5-port parity record FILE` writes one")
@@ -226,7 +235,9 @@ def _tensor(path: str | Path, arrays: Mapping[str, np.ndarray], spec: Mapping[st
     size = int(np.prod(spec["shape"], dtype=np.int64)) * dtype.itemsize
     raw = arrays.get(spec["key"])
     if raw is None or raw.nbytes != size:
-        raise ParityError(f"{path}: output {spec['key']} is missing or has {0 if raw is None else raw.nbytes} bytes instead of {size}")
+        raise ParityError(
+            f"{path}: output {spec['key']} is missing or has {0 if raw is None else raw.nbytes} bytes instead of {size}"
+        )
     return torch.from_numpy(raw.copy()).view(dtype).reshape(spec["shape"]) if size else torch.empty(spec["shape"], dtype=dtype)
 
 

@@ -38,7 +38,9 @@ def matrix(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             ran.add(str(result["backend"]))
     columns = [*BACKENDS, PORTABLE]
     rows = {name: {column: _cell(name, column, seen, why) for column in columns} for name in OPERATORS}
-    not_tested = {name: probe(name).missing or "usable here, but not asked for in this run" for name in BACKENDS if name not in ran}
+    not_tested = {
+        name: probe(name).missing or "usable here, but not asked for in this run" for name in BACKENDS if name not in ran
+    }
     return {"columns": columns, "rows": rows, "not_tested": not_tested}
 
 

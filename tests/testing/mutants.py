@@ -4,6 +4,7 @@ A mutant names the text that it replaces, which must stand exactly once in the m
 mutants fail loudly instead of testing nothing. Used by the tests of parity and of bisect.
 """
 
+# ruff: noqa: E501 - the table shows each edit on one line
 from __future__ import annotations
 
 import ast
@@ -121,10 +122,10 @@ MUTANTS = (
     Mutant("write_cache", "index scale rounded down to a power of two", {}, {"(bits + 0x007FFFFF) & 0x7F800000": "bits & 0x7F800000"}),
     Mutant("mla_attention_expanded", "causal cut one too late", {"device=positions.device) <= positions": "device=positions.device) <= 1 + positions"}),
     Mutant("mla_attention_expanded", "causal cut one too early", {"device=positions.device) <= positions": "device=positions.device) < positions"}),
-    Mutant("mla_attention_expanded", "scale left out", {"_visible(sequences, positions, sequence, latent.shape[0]))\n        attended = torch.einsum(\"thu,uhv": "_visible(sequences, positions, sequence, latent.shape[0]))\n        weights = weights.square()\n        attended = torch.einsum(\"thu,uhv"}),
+    Mutant("mla_attention_expanded", "scale left out", {'torch.einsum("uc,hvc->uhv", latent, w_uv.to(wide))': 'torch.einsum("uc,hvc->uhv", latent, w_uv.to(wide)); scale = 1.0'}),
     Mutant("mla_attention_absorbed", "causal cut one too late", {"device=positions.device) <= positions": "device=positions.device) <= 1 + positions"}),
     Mutant("mla_attention_absorbed", "other sequences seen", {"slots_at(block_table, torch.full_like(positions[0], sequence)": "slots_at(block_table, torch.full_like(positions[0], 0)"}),
-    Mutant("mla_attention_absorbed", "rope part left out", {"query_rope.to(wide), rope_key)\n        weights = visible_softmax(scores * scale, _visible(sequences, positions, sequence, latent.shape[0]))\n        attended = torch.einsum(\"thu,uc": "0 * query_rope.to(wide), rope_key)\n        weights = visible_softmax(scores * scale, _visible(sequences, positions, sequence, latent.shape[0]))\n        attended = torch.einsum(\"thu,uc"}),
+    Mutant("mla_attention_absorbed", "rope part left out", {'torch.einsum("thc,uc->thu", query_latent.to(wide), latent)': 'torch.einsum("thc,uc->thu", query_latent.to(wide), latent); rope_key = 0 * rope_key'}),
     Mutant("attention_output", "w_uv of the next head", {"w_uv.to(wide)).to(latent_out.dtype)": "w_uv.to(wide).roll(1, 0)).to(latent_out.dtype)"}),
     Mutant("attention_output", "channels of all heads interleaved", {"_matmul(value.flatten(1), o)": "_matmul(value.transpose(1, 2).flatten(1), o)"}),
     Mutant("sparse_mla_attention", "-1 treated as position 0", {"visible = (indices >= 0) & (indices <=": "indices = indices.clamp_min(0); visible = (indices >= 0) & (indices <="}),
