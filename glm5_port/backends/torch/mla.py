@@ -119,6 +119,9 @@ def attention_output_eager(latent_out: Tensor, w_uv: Tensor, o: Tensor) -> Tenso
 
 # -- dense attention ---------------------------------------------------------------------------------------------------
 
+COPIES = 6
+"""So many temporaries of the size of the scores, of the queries and of the keys live at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -277,9 +280,9 @@ def mla_attention_absorbed_eager(
         tokens,
         lengths.shape[0],
         block_table.shape[1] * latent_cache[0].shape[1],
-        per_query=4 * heads * latent_dim * size,
-        per_score=3 * heads * size,
-        per_key=3 * (latent_dim + query_rope.shape[2]) * size,
+        per_query=COPIES * heads * latent_dim * size,
+        per_score=COPIES * heads * size,
+        per_key=COPIES * (latent_dim + query_rope.shape[2]) * size,
         gradient=gradient,
     )
 
@@ -316,9 +319,9 @@ def mla_attention_expanded_eager(
         tokens,
         lengths.shape[0],
         block_table.shape[1] * latent_cache[0].shape[1],
-        per_query=3 * heads * (nope_dim + value_dim) * wide.itemsize,
-        per_score=3 * heads * wide.itemsize,
-        per_key=(3 * (latent_dim + query_rope.shape[2]) + heads * (nope_dim + value_dim)) * wide.itemsize,
+        per_query=COPIES * heads * max(nope_dim, value_dim) * wide.itemsize,
+        per_score=COPIES * heads * wide.itemsize,
+        per_key=(COPIES * (latent_dim + query_rope.shape[2]) + heads * (nope_dim + value_dim)) * wide.itemsize,
         gradient=gradient,
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from glm5_port.operators.cache import cache_layout
 from glm5_port.operators.cases.cache import compare_written_rows
-from glm5_port.operators.cases.paging import filled_latent_cache, page_batch
+from glm5_port.operators.cases.paging import filled_latent_cache, page_batch, without_last_page
 from glm5_port.operators.mla import (
     attention_output,
     mla_attention_absorbed,
@@ -164,6 +164,7 @@ def attention_cases(arguments: Callable[..., dict[str, Any]], glm5: Widths) -> I
     yield Case("odd_page_size", lambda make: arguments(make, *unequal, page_size=5))
     yield Case("page_of_one", lambda make: arguments(make, *unequal, page_size=1))
     yield Case("wide_block_table", lambda make: arguments(make, *unequal, extra_columns=9))
+    yield Case("table_ends_before_the_context", lambda make: without_last_page(arguments(make, *unequal, extra_columns=0)))
     yield Case("sharp_scores", lambda make: arguments(make, [6], [40], std=16.0))
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, cache_format="fp8", padding=1))
     yield Case("int8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, cache_format="int8", padding=1))

@@ -78,6 +78,11 @@ def page_batch(
     return Paging(tuple(new), tuple(lengths), padding, page_size, pages, table)
 
 
+def without_last_page(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The call with a block table one column narrower: its width bounds the positions that are considered."""
+    return {**arguments, "block_table": arguments["block_table"][:, :-1].contiguous()}
+
+
 def filled_cache(make: Make, paging: Paging, layout: CacheLayout, widths: Sequence[int], *, std: float = 1.0) -> list[Tensor]:
     """A cache in which every position below its sequence's length holds a normal row, and every other row reads as NaN."""
     cache = layout.allocate(paging.pages, paging.page_size, widths, make.dtype)

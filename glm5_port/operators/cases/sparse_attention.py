@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5_port.operators.cache import locate_tokens
-from glm5_port.operators.cases.paging import Paging, filled_latent_cache, page_batch
+from glm5_port.operators.cases.paging import Paging, filled_latent_cache, page_batch, without_last_page
 from glm5_port.operators.sparse_attention import sparse_mla_attention
 from glm5_port.testing.cases import WIDTH, Case, Make, suite
 
@@ -65,9 +65,10 @@ def sparse_mla_attention_cases() -> Iterator[Case]:
         cache_format: str = "plain",
         page_size: int = 4,
         padding: int = 0,
+        extra_columns: int = 1,
         std: float = 1.0,
     ) -> dict[str, Any]:
-        paging = page_batch(make, new, lengths, page_size=page_size, padding=padding)
+        paging = page_batch(make, new, lengths, page_size=page_size, padding=padding, extra_columns=extra_columns)
         latent_dim, rope_dim = widths
         return {
             "query_latent": make.normal(paging.tokens, heads, latent_dim, std=std),
@@ -92,6 +93,9 @@ def sparse_mla_attention_cases() -> Iterator[Case]:
     yield Case("beyond_the_causal_cut", lambda make: arguments(make, *unequal, chosen(6, beyond=True), padding=1))
     yield Case("every_position", lambda make: arguments(make, *unequal, everything, padding=1))
     yield Case("out_of_reach", lambda make: arguments(make, *unequal, out_of_reach))
+    yield Case(
+        "table_ends_before_the_context", lambda make: without_last_page(arguments(make, *unequal, chosen(6), extra_columns=0))
+    )
     yield Case("nothing_selected", lambda make: arguments(make, *unequal, nothing))
     yield Case("sharp_scores", lambda make: arguments(make, [6], [40], chosen(20), std=16.0))
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, chosen(4), widths=(512, 64), cache_format="fp8", padding=1))
