@@ -48,5 +48,6 @@ class RankMismatchError(Glm5PortError, RuntimeError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean X?"` for the nearest known name, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower_case[near[0]]}?" if near else ""

@@ -77,6 +77,12 @@ def test_unknown_backend_and_plugin_are_refused_at_the_first_choice(set_flags):
         rms_norm.select(**FACTS)
 
 
+def test_suggestions_do_not_mind_capitals(set_flags):
+    set_flags(GLM5_PORT_BACKEND="CPU")
+    with pytest.raises(FlagError, match=r"GLM5_PORT_BACKEND=CPU: no such backend; did you mean cpu\?"):
+        rms_norm.select(**FACTS)
+
+
 def test_backend_list_with_auto_is_refused(set_flags):
     set_flags(GLM5_PORT_BACKEND="cpu,auto")
     with pytest.raises(FlagError, match="auto stands alone"):
