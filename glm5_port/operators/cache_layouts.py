@@ -139,7 +139,7 @@ def _decode_index_fp8(fields: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
 
 
 def _encode_index_int8(rows: Sequence[Tensor]) -> list[Tensor]:
-    """scale = max(amax, 1e-4) / 127 rounded to float16; int8 of x / that rounded scale."""
+    """scale = max(amax, 1e-4) / 127 rounded to float16; int8 of x / that rounded scale. A key beyond 65504 * 127 reads as NaN."""
     key = rows[0].to(torch.float32)
     scale = (group_amax(key) / INT8_MAX).to(torch.float16)
     return [to_int8(key / scale.to(torch.float32)), scale]

@@ -201,6 +201,12 @@ def test_a_value_that_is_not_finite_makes_its_group_nan_and_no_other(kind: str, 
     assert all(part.isfinite().all() for part in rest)
 
 
+def test_a_key_beyond_the_float16_scale_reads_as_nan() -> None:
+    layout = cache_layout("index", "int8")
+    (read,) = layout.decode(layout.encode([torch.full((1, 128), 1e7)]))
+    assert read.isnan().all()
+
+
 def test_bytes_per_token() -> None:
     expected = {("latent", "plain"): 1152, ("latent", "fp8"): 656, ("latent", "int8"): 656}
     expected |= {("index", "plain"): 256, ("index", "fp8"): 132, ("index", "int8"): 130}
