@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glm5_port.config import Glm5Config
-from glm5_port.errors import InputError, did_you_mean
+from glm5_port.errors import ConfigError, InputError, did_you_mean
 from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
@@ -43,9 +43,14 @@ def build(
         read: gives one tensor; each name is asked for once.
         device: overrides the backend's device, for fake tensors; operators are then chosen for that device.
         implementation: pins every operator ("reference"), for comparisons.
+
+    Raises:
+        As `load`, all of it before `read` is called.
     """
     placed = resolve_backend(backend)
     _check_limits(config, latent_norm_eps, block_size, max_context)
+    if mtp and config.mtp_layer is None:
+        raise ConfigError("mtp=True was asked for, but this model has no MTP layer: num_nextn_predict_layers = 0")
     cache_format = cache_format or "plain"
     cache_layout(LATENT, cache_format).check_widths((config.kv_lora_rank, config.qk_rope_head_dim))
     cache_layout(INDEX, cache_format).check_widths((config.index_head_dim,))
