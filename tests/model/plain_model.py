@@ -67,7 +67,10 @@ class PlainModel:
         one backwards: the positions that a recycled draft attends to are those of the first draft."""
         prefix, eps = f"model.layers.{self.config.num_hidden_layers}.", self.config.rms_norm_eps
         embedded = self.read("model.embed_tokens.weight")[list(next_tokens)]
-        both = (rms_norm(embedded, self.read(prefix + "enorm.weight"), eps), rms_norm(hidden, self.read(prefix + "hnorm.weight"), eps))
+        both = (
+            rms_norm(embedded, self.read(prefix + "enorm.weight"), eps),
+            rms_norm(hidden, self.read(prefix + "hnorm.weight"), eps),
+        )
         joined = torch.cat(both, -1) @ self.read(prefix + "eh_proj.weight").T
         out, chosen = self.block(prefix, joined, None, is_moe=True, overriding=shared or [])
         return rms_norm(out, self.read(prefix + "shared_head.norm.weight"), eps), chosen
@@ -83,18 +86,20 @@ class PlainModel:
         feed_forward = self.experts if is_moe else self.dense
         return hidden + feed_forward(prefix + "mlp.", normed), chosen
 
-    def attention(
-        self, prefix: str, x: Tensor, chosen: Selection | None, overriding: Selection
-    ) -> tuple[Tensor, Selection]:
+    def attention(self, prefix: str, x: Tensor, chosen: Selection | None, overriding: Selection) -> tuple[Tensor, Selection]:
         config = self.config
         length, heads = len(x), config.num_attention_heads
         positions = range(length)
         nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        residual = rms_norm(x @ self.read(prefix + "q_a_proj.weight").T, self.read(prefix + "q_a_layernorm.weight"), config.latent_norm_eps)
+        residual = rms_norm(
+            x @ self.read(prefix + "q_a_proj.weight").T, self.read(prefix + "q_a_layernorm.weight"), config.latent_norm_eps
+        )
         query = (residual @ self.read(prefix + "q_b_proj.weight").T).reshape(length, heads, nope + rope)
         query = torch.cat([query[..., :nope], rotate(query[..., nope:], positions, config.rope_theta)], -1)
         compressed = x @ self.read(prefix + "kv_a_proj_with_mqa.weight").T
-        latent = rms_norm(compressed[:, : config.kv_lora_rank], self.read(prefix + "kv_a_layernorm.weight"), config.latent_norm_eps)
+        latent = rms_norm(
+            compressed[:, : config.kv_lora_rank], self.read(prefix + "kv_a_layernorm.weight"), config.latent_norm_eps
+        )
         rope_key = rotate(compressed[:, config.kv_lora_rank :], positions, config.rope_theta)
         expanded = (latent @ self.read(prefix + "kv_b_proj.weight").T).reshape(length, heads, nope + value)
         key = torch.cat([expanded[..., :nope], rope_key[:, None].expand(-1, heads, -1)], -1)
@@ -141,7 +146,12 @@ class PlainModel:
             chosen = scores[token, ids]
             if config.norm_topk_prob:
                 chosen = chosen / (chosen.sum() + 1e-20)
-            rows.append(sum(w * self.dense(f"{prefix}experts.{e}.", x[token]) for w, e in zip(chosen * config.routed_scaling_factor, ids, strict=True)))
+            rows.append(
+                sum(
+                    w * self.dense(f"{prefix}experts.{e}.", x[token])
+                    for w, e in zip(chosen * config.routed_scaling_factor, ids, strict=True)
+                )
+            )
         return torch.stack(rows) + self.dense(prefix + "shared_experts.", x)
 
     def _allowed(self, biased: list[float]) -> list[int]:

@@ -21,7 +21,10 @@ from tests.model.plain_model import PlainModel, Selection
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "groups": {"n_group": 4, "topk_group": 2, "norm_topk_prob": False},
-    "theta_1e6_no_sharing": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "index_share_for_mtp_iteration": False},
+    "theta_1e6_no_sharing": {
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+        "index_share_for_mtp_iteration": False,
+    },
 }
 TOKENS = prompt(23, seed=4)
 

@@ -50,7 +50,9 @@ def test_top_k(top_k: int, kept: list[int]) -> None:
     assert_near(frequencies(Sampling(1.0, top_k=top_k)), restricted(kept))
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(1e-6, [1]), (0.39, [1]), (0.5, [1, 5]), (0.9, [1, 2, 5]), (0.95, [0, 1, 2, 5]), (1.0, [0, 1, 2, 4, 5])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1e-6, [1]), (0.39, [1]), (0.5, [1, 5]), (0.9, [1, 2, 5]), (0.95, [0, 1, 2, 5]), (1.0, [0, 1, 2, 4, 5])]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, kept: list[int]) -> None:
     """Probabilities: 0.392, 0.392, 0.144, 0.053, 0.020."""
     probabilities = torch.softmax(LOGITS, -1)
@@ -97,7 +99,9 @@ def test_draws_are_uniform_and_independent_of_their_neighbours() -> None:
         assert abs(float(correlation)) < 5 / math.sqrt(a.numel())
 
 
-@pytest.mark.parametrize("options", [{"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": -0.1}]
+)
 def test_options_outside_their_range(options: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         Sampling(**options)
