@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_port.dispatch import Bound
 from glm5_port.operators import rms_norm
-from glm5_port.registry import Bound
-from glm5_port.selection import Request, Selection
+from glm5_port.requests import Request
+from glm5_port.selection import Selection
 
 ROUNDS, CALLS = 40, 2000
 

@@ -19,8 +19,8 @@ from glm5_port.registry import OPERATORS as OPERATORS
 from glm5_port.registry import Backend as Backend
 from glm5_port.registry import Probe as Probe
 from glm5_port.registry import register_backend as register_backend
+from glm5_port.requests import use_backend as use_backend
 from glm5_port.selection import Selection as Selection
-from glm5_port.selection import use_backend as use_backend
 
 if TYPE_CHECKING:
     from glm5_port.config import Glm5Config as Glm5Config

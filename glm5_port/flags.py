@@ -145,17 +145,21 @@ def read(environ: Mapping[str, str], operators: frozenset[str]) -> Flags:
     )
 
 
+_operators: set[str] = set()
 _current: Flags | None = None
 _generation = 0
+
+
+def declare_operator(name: str) -> None:
+    """Makes `GLM5_PORT_OP_<NAME>` a known flag. Called once by each operator's declaration."""
+    _operators.add(name)
 
 
 def current() -> Flags:
     """The flags of this process, read from the environment the first time this is called."""
     global _current
     if _current is None:
-        from glm5_port.registry import OPERATORS  # late: the registry reads flags when it chooses
-
-        _current = read(os.environ, frozenset(OPERATORS))
+        _current = read(os.environ, frozenset(_operators))
     return _current
 
 

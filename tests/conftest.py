@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm5_port import flags, registry, selection
+from glm5_port import dispatch, flags, registry, requests
 
 _numbers = itertools.count()
 
@@ -40,13 +40,13 @@ def set_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
-def declare() -> Iterator[Callable[..., registry.Operator]]:
+def declare() -> Iterator[Callable[..., dispatch.Operator]]:
     """`declare(reference, **options)`: an operator of its own name that is gone after the test."""
-    made: list[registry.Operator] = []
+    made: list[dispatch.Operator] = []
 
-    def make(reference: Callable[..., Any], **options: Any) -> registry.Operator:
+    def make(reference: Callable[..., Any], **options: Any) -> dispatch.Operator:
         reference.__name__ = f"{reference.__name__}_{next(_numbers)}"  # torch.library keeps names for the whole process
-        made.append(registry.operator(**options)(reference))
+        made.append(dispatch.operator(**options)(reference))
         return made[-1]
 
     yield make
@@ -68,8 +68,8 @@ def chip() -> Iterator[Callable[..., registry.Backend]]:
         made.append(name)
         return backend
 
-    selection.probe.cache_clear()
+    requests.probe.cache_clear()
     yield make
     for name in made:
         del registry.BACKENDS[name]
-    selection.probe.cache_clear()
+    requests.probe.cache_clear()

@@ -10,8 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from glm5_port.backends import BUILT_IN, PLUGIN_ORDER, probing
+from glm5_port.backends import BUILT_IN, probing
 from glm5_port.backends.probing import CudaFacts, identify
+from glm5_port.plugins import PLUGIN_ORDER
 from glm5_port.registry import BACKENDS, Probe
 
 VENDOR_CHIPS = ("npu", "musa", "mlu", "gcu")

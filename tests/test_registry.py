@@ -11,9 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from glm5_port import registry
+from glm5_port import dispatch, registry
+from glm5_port.dispatch import Bound, trace_through
 from glm5_port.errors import GradientError, InputError
-from glm5_port.registry import PORTABLE, REFERENCE, Bound, trace_through
+from glm5_port.preparation import CanonicalWeights
+from glm5_port.registry import PORTABLE, REFERENCE
 
 
 def scaled(x: Tensor, weight: Tensor, factor: float) -> Tensor:
@@ -77,7 +79,7 @@ def test_an_operator_is_declared_once(scale):
     again = fresh()
     again.__name__ = scale.name
     with pytest.raises(InputError, match=f"operator {scale.name} is declared twice"):
-        registry.operator()(again)
+        dispatch.operator()(again)
     assert registry.OPERATORS[scale.name] is scale
 
 
@@ -354,9 +356,9 @@ def test_missing_experts_are_named(expert_operator):
     for variant in ("packed", "eager"):
         chosen = expert_operator.select(**EXPERT_FACTS).candidates
         assert any(c.id == f"torch/{variant}" for c in chosen)
-    canonical = registry.CanonicalWeights(("table",), parts=3)
+    canonical = CanonicalWeights(("table",), parts=3)
     canonical.add(1, {"table": torch.ones(4, 4)})
-    half = registry.CanonicalWeights(("gate_up", "down"), parts=1)
+    half = CanonicalWeights(("gate_up", "down"), parts=1)
     half.add(0, {"gate_up": torch.ones(4, 4)})
     with pytest.raises(InputError, match="weights missing: down"):
         half.finish()
@@ -366,7 +368,7 @@ def test_missing_experts_are_named(expert_operator):
 
 
 def test_canonical_weights():
-    stacked = registry.CanonicalWeights(("gate_up", "down"), parts=2)
+    stacked = CanonicalWeights(("gate_up", "down"), parts=2)
     for part in (1, 0):
         stacked.add(part, {"gate_up": torch.full((4, 2), float(part)), "down": torch.full((2, 2), float(part))})
     weights = stacked.finish()
@@ -377,7 +379,7 @@ def test_canonical_weights():
         with pytest.raises(InputError, match=rf"gate_up: part {part} of shape .* expected parts 0 to 1 of shape \(4, 2\)"):
             stacked.add(part, {"gate_up": torch.ones(shape)})
 
-    whole = registry.CanonicalWeights(("weight",), parts=None)
+    whole = CanonicalWeights(("weight",), parts=None)
     tensor = torch.ones(2)
     with pytest.raises(InputError, match="weights missing: weight"):
         whole.finish()
@@ -389,7 +391,7 @@ def test_canonical_weights():
 
 def test_adding_a_part_frees_it_for_the_caller(expert_operator):
     """A preparation keeps its own copy: the canonical tensor may be freed as it is consumed."""
-    for preparation in (Halved({"experts": 1}), registry.CanonicalWeights(("table",), parts=1)):
+    for preparation in (Halved({"experts": 1}), CanonicalWeights(("table",), parts=1)):
         table = torch.ones(4, 4)
         gone = weakref.ref(table)
         preparation.add(0, {"table": table})

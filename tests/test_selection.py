@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_port import backends, flags, registry, selection
+from glm5_port import backends, flags, plugins, registry, requests, selection
 from glm5_port.errors import FlagError, SelectionError
 from glm5_port.registry import PORTABLE
-from glm5_port.selection import use_backend
+from glm5_port.requests import use_backend
 
 FACTS = {"device_type": "cpu", "dtype": torch.float32}
 
@@ -99,7 +99,7 @@ def test_use_backend_nests_and_restores(same):
         with use_backend("cpu"):
             assert same.select(**FACTS).chosen.id == "torch/eager"
         assert same.select(**FACTS).chosen.id == "here/quick"
-    assert selection.requested_context() is None
+    assert requests.requested_context() is None
     with pytest.raises(FlagError, match=r"use_backend=heer: no such backend; did you mean here\?"), use_backend("heer"):
         pass
 
@@ -119,13 +119,13 @@ def test_a_list_takes_the_first_usable(same, set_flags):
     chosen = same.select(**FACTS)
     assert chosen.chosen.id == "here/quick"
     assert reasons(chosen)["away/quick"] == "its driver is not installed"
-    assert selection.resolve_backend().name == "here"
+    assert requests.resolve_backend().name == "here"
 
 
 def test_no_usable_backend_gives_every_reason(same, set_flags, chip):
     chip("gone", missing="not plugged in")
     with pytest.raises(SelectionError) as raised:
-        selection.resolve_backend("away,gone")
+        requests.resolve_backend("away,gone")
     text = str(raised.value)
     assert "backend=away,gone: no requested backend is usable" in text
     assert "away: its driver is not installed" in text
@@ -244,14 +244,14 @@ def test_every_built_in_chip_has_an_answer(set_flags):
         record = registry.OPERATORS["rms_norm"].select(**FACTS, width=8, as_backend=name)
         assert record.chosen is not None
         assert record.facts["device_type"] == registry.BACKENDS[name].device_type
-        probe = selection.probe(name)
+        probe = requests.probe(name)
         assert (probe.missing is None) == (name == "cpu") or probe.missing is None  # a missing one says what is missing
         assert probe.missing is None or len(probe.missing) > 10
 
 
 def test_search_order_ends_with_the_cpu(set_flags):
-    assert selection.search_order()[-1].name == "cpu"
-    assert selection.usable_backends()[-1].name == "cpu"
+    assert requests.search_order()[-1].name == "cpu"
+    assert requests.usable_backends()[-1].name == "cpu"
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def half():
 
 
 @pytest.fixture
-def plugins(tmp_path, monkeypatch, set_flags):
+def installed_plugins(tmp_path, monkeypatch, set_flags):
     """Three installed plugins: one good, one whose module cannot be imported, one that fails half way."""
     (tmp_path / "glm5_test_plugin.py").write_text(PLUGIN)
     info = tmp_path / "glm5_test_plugin-1.0.dist-info"
@@ -324,8 +324,8 @@ def plugins(tmp_path, monkeypatch, set_flags):
     known, implementations = dict(registry.BACKENDS), dict(registry.OPERATORS["rms_norm"].implementations)
 
     def forget():
-        backends.load_plugins.cache_clear()
-        selection.probe.cache_clear()
+        plugins.load_plugins.cache_clear()
+        requests.probe.cache_clear()
         registry.OPERATORS["rms_norm"]._memo.clear()
         for table, before in ((registry.BACKENDS, known), (registry.OPERATORS["rms_norm"].implementations, implementations)):
             table.clear()
@@ -340,41 +340,41 @@ def plugins(tmp_path, monkeypatch, set_flags):
 NORM_FACTS = {**FACTS, "width": 8}
 
 
-def test_good_and_broken_plugins(plugins):
+def test_good_and_broken_plugins(installed_plugins):
     record = registry.OPERATORS["rms_norm"].select(**NORM_FACTS)
     assert record.chosen.id == "goodchip/kernel"
-    absent = selection.probe("absent").missing
+    absent = requests.probe("absent").missing
     assert "plugin absent (glm5_no_such_module:register) failed to load: ModuleNotFoundError" in absent
-    half = selection.probe("half").missing
+    half = requests.probe("half").missing
     assert "RuntimeError: the vendor library is too old" in half
     assert "halfchip" not in registry.BACKENDS
 
 
-def test_a_plugin_that_fails_half_way_leaves_nothing_that_runs(plugins):
+def test_a_plugin_that_fails_half_way_leaves_nothing_that_runs(installed_plugins):
     operator = registry.OPERATORS["rms_norm"]
     operator.select(**NORM_FACTS)
     assert "cpu/stray" not in operator.implementations
     assert "halfchip/kernel" not in operator.implementations
 
 
-def test_asking_for_a_broken_plugin_gives_its_reason(plugins):
+def test_asking_for_a_broken_plugin_gives_its_reason(installed_plugins):
     with pytest.raises(SelectionError, match="half: plugin half .* the vendor library is too old"):
         registry.OPERATORS["rms_norm"].select(**NORM_FACTS, backend="half")
 
 
-def test_plugins_flag(plugins, set_flags):
+def test_plugins_flag(installed_plugins, set_flags):
     set_flags(GLM5_PORT_PLUGINS="none")
     assert registry.OPERATORS["rms_norm"].select(**NORM_FACTS).chosen.id == "torch/eager"
     assert "absent" not in registry.BACKENDS
 
 
-def test_plugins_flag_names_some(plugins, set_flags):
+def test_plugins_flag_names_some(installed_plugins, set_flags):
     set_flags(GLM5_PORT_PLUGINS="good")
     assert registry.OPERATORS["rms_norm"].select(**NORM_FACTS).chosen.id == "goodchip/kernel"
     assert "half" not in registry.BACKENDS
 
 
-def test_plugins_flag_with_an_unknown_name(plugins, set_flags):
+def test_plugins_flag_with_an_unknown_name(installed_plugins, set_flags):
     set_flags(GLM5_PORT_PLUGINS="god")
     with pytest.raises(FlagError, match=r"plugin god is not installed; did you mean good\?"):
         registry.OPERATORS["rms_norm"].select(**NORM_FACTS)
@@ -451,3 +451,12 @@ def test_a_child_gets_the_same_flags(same, set_flags):
     set_flags(**flags.current().environment())
     after = same.select(**FACTS)
     assert (after.chosen, after.request) == (before.chosen, before.request)
+
+
+def test_a_child_decides_as_its_parent_did(set_flags):
+    set_flags(GLM5_PORT_LOG="quiet", GLM5_PORT_OP_RMS_NORM="reference")
+    assert requests.child_environment() == {
+        "GLM5_PORT_LOG": "quiet",
+        "GLM5_PORT_OP_RMS_NORM": "reference",
+        "GLM5_PORT_BACKEND": requests.resolve_backend().name,
+    }

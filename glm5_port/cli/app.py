@@ -55,7 +55,7 @@ def _before_every_command(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    from glm5_port.selection import request_for
+    from glm5_port.requests import request_for
 
     flags.current()  # an unknown flag or value stops every command, also one that would not look at it
     request_for(None, None)

@@ -39,7 +39,7 @@ def measure(
     from glm5_port.config import released
     from glm5_port.errors import InputError
     from glm5_port.model.build import working_dtype
-    from glm5_port.selection import resolve_backend
+    from glm5_port.requests import resolve_backend
     from glm5_port.testing import speed
     from glm5_port.testing.parity import implementations_on
     from glm5_port.testing.workloads import workloads

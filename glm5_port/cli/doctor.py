@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
     import glm5_port
     from glm5_port.errors import SelectionError
     from glm5_port.registry import OPERATORS, PORTABLE, REFERENCE
-    from glm5_port.selection import probe, request_for, resolve_backend, search_order, usable_backends
+    from glm5_port.requests import probe, request_for, resolve_backend, search_order, usable_backends
 
     backends: dict[str, Any] = {}
     in_order = search_order()  # loads the plugins, so it comes before the count of implementations

@@ -43,7 +43,7 @@ def evidence(
 def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Operator by backend: what ran there and what came of it. Chips without a record and without kernels share one column."""
     from glm5_port.registry import OPERATORS
-    from glm5_port.selection import search_order
+    from glm5_port.requests import search_order
 
     proven = {record["device"]["backend"]: record for record in records}
     with_kernels = {i.backend for operator in OPERATORS.values() for i in operator.implementations.values()}

@@ -12,7 +12,7 @@ from glm5_port.cli.output import print_json, print_table, print_text
 from glm5_port.errors import InputError, SelectionError, did_you_mean
 
 if TYPE_CHECKING:
-    from glm5_port.registry import Operator
+    from glm5_port.dispatch import Operator
     from glm5_port.selection import Selection
 
 GLM5_FACTS: dict[str, Any] = {
@@ -143,7 +143,7 @@ def _find(name: str) -> Operator:
 def _device_type() -> str:
     """Where tensors would be: on the requested backend, also when it is not usable (the record then says why)."""
     from glm5_port.registry import BACKENDS
-    from glm5_port.selection import request_for, resolve_backend
+    from glm5_port.requests import request_for, resolve_backend
 
     try:
         return resolve_backend().device_type

@@ -42,7 +42,7 @@ def generate(
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     from glm5_port.model.sampling import Sampling
-    from glm5_port.selection import resolve_backend
+    from glm5_port.requests import resolve_backend
     from glm5_port.text import Text, TextStream
 
     log_to_stderr()

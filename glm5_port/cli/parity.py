@@ -248,7 +248,7 @@ def _report(chip: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _chip(backend: str | None) -> str:
-    from glm5_port.selection import resolve_backend
+    from glm5_port.requests import resolve_backend
 
     return resolve_backend(backend).name
 

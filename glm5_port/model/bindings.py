@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from glm5_port.dispatch import Bound, Operator
 from glm5_port.errors import InputError, did_you_mean
-from glm5_port.registry import OPERATORS, Bound, Operator, Preparation
-from glm5_port.selection import Request, Selection, select
+from glm5_port.preparation import Preparation
+from glm5_port.registry import OPERATORS
+from glm5_port.requests import Request
+from glm5_port.selection import Selection, select
 
 
 class Binder:

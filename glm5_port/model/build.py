@@ -15,7 +15,8 @@ from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
-from glm5_port.selection import check_ranks_agree, resolve_backend
+from glm5_port.requests import resolve_backend
+from glm5_port.selection import check_ranks_agree
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 CORRECTION_BIAS = "e_score_correction_bias"

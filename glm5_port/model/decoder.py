@@ -22,7 +22,8 @@ from glm5_port.model.generate import Generation, SpeculationCounts
 from glm5_port.model.layers import DecoderLayer, Norm, Step
 from glm5_port.model.mtp import MtpLayer
 from glm5_port.operators.rope import rotary_angles
-from glm5_port.selection import Selection, requested_context
+from glm5_port.requests import requested_context
+from glm5_port.selection import Selection
 
 DEFAULT_BLOCK_SIZE = 64
 """Rows of a cache page unless the caller says otherwise: what CUDA kernels read; Ascend prefers 128."""

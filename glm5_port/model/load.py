@@ -12,7 +12,7 @@ from glm5_port.model.build import build, stored_dtype, working_dtype
 from glm5_port.model.checkpoint import Checkpoint
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.model.tensors import expected_tensors
-from glm5_port.selection import resolve_backend
+from glm5_port.requests import resolve_backend
 
 Progress = Callable[[int, int], None]
 """Called with (tensors read, tensors of the checkpoint). A model with dense attention reads no indexer, so it stays below."""
@@ -49,6 +49,7 @@ def load(
             since selection would keep everything.
         mtp: also load the MTP layer; generation then drafts and verifies with it.
         trainable: bind differentiable implementations, and let the weights require gradients.
+        implementation: pins every operator ("reference"), for comparisons.
         progress: called after each tensor.
 
     Raises:
@@ -83,6 +84,7 @@ def load(
             max_context=max_context,
             mtp=mtp,
             trainable=trainable,
+            implementation=implementation,
         )
         if (stops := checkpoint.stop_ids) is not None:
             model.stop_ids = stops

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError, did_you_mean
-from glm5_port.registry import Budget, operator
+from glm5_port.registry import Budget
 
 LATENT = "latent"
 """Kind of the cache that attention reads: rows [latent, rope_key]."""

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import INDEX, cache_layout, gather_rows, locate_tokens, slots_at
 from glm5_port.operators.linear import linear
 from glm5_port.operators.norm import accumulation_dtype
 from glm5_port.operators.rope import rotate
-from glm5_port.registry import operator
 
 
 @operator(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.registry import operator
 
 
 @operator(

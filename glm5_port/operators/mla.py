@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout, gather_rows, locate_tokens, slots_at, write_cache
 from glm5_port.operators.norm import accumulation_dtype, rms_norm
 from glm5_port.operators.rope import rotate
 from glm5_port.operators.softmax import visible_softmax
 from glm5_port.operators.sparse_attention import check_attention
-from glm5_port.registry import operator
 
 PROJECTION_WEIGHTS = ("q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm")
 PROJECTION_FACTS: dict[str, Any] = {

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.linear import gated_mlp
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.registry import operator
 
 
 def routing_scores(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5_port.registry import operator
+from glm5_port.dispatch import operator
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -16,7 +16,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@operator(facts={"width": lambda x, **_: x.shape[-1]}, fake=lambda x, weight, eps: torch.empty_like(x))
+@operator(
+    facts={"width": lambda x, **_: x.shape[-1]},
+    fake=lambda x, weight, eps: torch.empty_like(x),
+    weights=("weight",),
+)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scales each row to unit root mean square, then by a weight per channel.
 
@@ -48,6 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @operator(
     facts={"width": lambda x, **_: x.shape[-1]},
     fake=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
+    weights=("weight",),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds a block's output to the residual stream and normalises the sum.

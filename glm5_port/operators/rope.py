@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.registry import operator
 
 
 def rotary_angles(positions: Tensor, theta: float, dims: int) -> tuple[Tensor, Tensor]:

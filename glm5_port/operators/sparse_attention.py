@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout, gather_rows, locate_tokens, slots_at
 from glm5_port.operators.norm import accumulation_dtype
 from glm5_port.operators.softmax import visible_softmax
-from glm5_port.registry import operator
 
 
 @operator(

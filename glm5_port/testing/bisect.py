@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from glm5_port.config import Glm5Config
+from glm5_port.dispatch import Bound
 from glm5_port.errors import InputError
 from glm5_port.model.bindings import BoundLayer
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.model.load import load
-from glm5_port.registry import Bound
-from glm5_port.selection import resolve_backend
+from glm5_port.requests import resolve_backend
 from glm5_port.testing.calls import flat, run_outputs, to_device, to_gold
 from glm5_port.testing.cases import Case, Suite, load_suites
 from glm5_port.testing.parity import Truth

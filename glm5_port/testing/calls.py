@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from glm5_port.registry import Implementation, Operator
+from glm5_port.dispatch import Operator
+from glm5_port.registry import Implementation
 
 POISON = 0xA5
 """Byte of memory that a call must write or leave alone: finite in every floating dtype, negative in every signed one."""

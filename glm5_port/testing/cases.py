@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.registry import Operator
+from glm5_port.dispatch import Operator
 
 WIDTH = frozenset({"glm5-width"})
 """Tag of cases at the released model's widths: slower, left out by `--small`."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from glm5_port import backends
+from glm5_port import plugins
 from glm5_port.registry import BACKENDS, OPERATORS, Implementation
-from glm5_port.selection import probe
+from glm5_port.requests import probe
 from glm5_port.testing import parity
 from glm5_port.testing.cases import WIDTH, load_suites
 
@@ -39,7 +39,7 @@ class Item:
 
 def items() -> list[Item]:
     """Every implementation on every usable chip, and one item for each whose chip is not here."""
-    backends.load_plugins()
+    plugins.load_plugins()
     suites = load_suites()
     found: list[Item] = []
     for backend in BACKENDS:
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params = [pytest.param(i, id=i.id, marks=[pytest.mark.glm5_width] if i.width else []) for i in items()]
         metafunc.parametrize("parity_item", params)
     if "parity_backend" in metafunc.fixturenames:
-        backends.load_plugins()
+        plugins.load_plugins()
         metafunc.parametrize("parity_backend", list(BACKENDS))
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from glm5_port.dispatch import Operator
 from glm5_port.errors import ParityError
-from glm5_port.registry import BACKENDS, OPERATORS, Implementation, Operator
-from glm5_port.selection import probe
+from glm5_port.registry import BACKENDS, OPERATORS, Implementation
+from glm5_port.requests import probe
 from glm5_port.testing.report import summary
 
 FORMAT = 1

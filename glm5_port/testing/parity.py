@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends import load_plugins
 from glm5_port.errors import InputError, did_you_mean
+from glm5_port.plugins import load_plugins
 from glm5_port.registry import BACKENDS, OPERATORS, PORTABLE, REFERENCE, Budget, Implementation
-from glm5_port.selection import probe
+from glm5_port.requests import probe
 from glm5_port.testing import promises
 from glm5_port.testing.calls import (
     bits,

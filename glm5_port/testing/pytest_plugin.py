@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "glm5_width: parity at the widths of the released model; slower")
     required = config.getoption("require_backend")
     if required:
-        from glm5_port.backends import load_plugins
         from glm5_port.errors import did_you_mean
+        from glm5_port.plugins import load_plugins
         from glm5_port.registry import BACKENDS
 
         load_plugins()

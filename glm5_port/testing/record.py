@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glm5_port.errors import ParityError
 from glm5_port.registry import BACKENDS, Implementation
-from glm5_port.selection import probe
+from glm5_port.requests import probe
 from glm5_port.testing.calls import bits, call_with_prepared, flat, run_outputs, to_device
 from glm5_port.testing.cases import WIDTH, Case, Suite, load_suites
 from glm5_port.testing.evidence import contract_hash, device_description, source_hash

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from glm5_port.backends import load_plugins
+from glm5_port.plugins import load_plugins
 from glm5_port.registry import BACKENDS, OPERATORS, PORTABLE
-from glm5_port.selection import probe
+from glm5_port.requests import probe
 
 Key = tuple[str, str, str]
 """Operator, chip, provider of the implementation."""

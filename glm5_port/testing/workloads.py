@@ -17,8 +17,8 @@ from torch import Tensor
 
 from glm5_port import operators as ops
 from glm5_port.config import Glm5Config
+from glm5_port.dispatch import Operator
 from glm5_port.operators.cache import cache_layout
-from glm5_port.registry import Operator
 from glm5_port.testing.cases import Make
 
 PAGE_SIZE = 64

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from glm5_port import selection
+from glm5_port import requests, selection
 from glm5_port.registry import BACKENDS, OPERATORS, Probe
-from glm5_port.selection import search_order
+from glm5_port.requests import search_order
 
 
 @pytest.fixture
@@ -17,7 +17,8 @@ def usable(monkeypatch: pytest.MonkeyPatch):
 
     def apply(*names: str) -> None:
         found = {name: Probe(None if name in names else f"{name} is not here") for name in BACKENDS}
-        monkeypatch.setattr(selection, "probe", found.__getitem__)
+        for module in (requests, selection):
+            monkeypatch.setattr(module, "probe", found.__getitem__)
 
     return apply
 

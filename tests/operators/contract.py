@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glm5_port.registry import Bound, Operator, trace_through
+from glm5_port.dispatch import Bound, Operator, trace_through
 from tests.fake_devices import fake_devices
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glm5_port.registry import Bound, Operator, trace_through
+from glm5_port.dispatch import Bound, Operator, trace_through
 from tests.fake_devices import fake_devices
 
 BOTH = pytest.mark.parametrize("variant", ["reference", "torch/eager"])

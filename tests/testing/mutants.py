@@ -54,7 +54,7 @@ class Mutant:
     def implementation(self) -> Implementation:
         """The broken function as an implementation that nobody registered."""
         reference = OPERATORS[self.operator].implementations["reference"]
-        return dataclasses.replace(reference, backend=PORTABLE, variant="mutant", function=self.function(), _torch_op=None)
+        return dataclasses.replace(reference, backend=PORTABLE, variant="mutant", function=self.function(), torch_op=None)
 
 
 def _edited(module: str, edits: Mapping[str, str], extra: Mapping[str, Any]) -> types.ModuleType:

@@ -25,7 +25,7 @@ ULP = 2.0**-23
 def implementation(function, promises=(), operator=rms_norm, **changes):
     changes = {"backend": "torch", "variant": "tried", "differentiable": False, **changes}
     return dataclasses.replace(
-        operator.implementations["reference"], function=function, promises=frozenset(promises), _torch_op=None, **changes
+        operator.implementations["reference"], function=function, promises=frozenset(promises), torch_op=None, **changes
     )
 
 

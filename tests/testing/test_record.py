@@ -147,7 +147,7 @@ def test_a_chip_that_is_not_here_cannot_replay(recording):
 
 
 def test_wrong_outputs_are_not_recorded(tmp_path):
-    wrong = dataclasses.replace(rms_norm.implementations["torch/eager"], function=lambda x, weight, eps: x * 2, _torch_op=None)
+    wrong = dataclasses.replace(rms_norm.implementations["torch/eager"], function=lambda x, weight, eps: x * 2, torch_op=None)
     results = record.record(tmp_path / "x.npz", [wrong], small=True, dtypes=[torch.float32])
     failed = sum(r.status == "failed" for r in results)
     assert failed > 0

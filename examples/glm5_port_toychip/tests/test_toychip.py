@@ -10,7 +10,7 @@ import torch
 
 from glm5_port import OPERATORS, use_backend
 from glm5_port.errors import InputError
-from glm5_port.selection import probe, search_order
+from glm5_port.requests import probe, search_order
 from glm5_port.testing import parity
 from glm5_port_toychip.norm import not_supported
 
