@@ -19,6 +19,7 @@ from glm5_port.operators.cache import INDEX, cache_layout, gather_rows, locate_t
 from glm5_port.operators.linear import linear
 from glm5_port.operators.norm import accumulation_dtype
 from glm5_port.operators.rope import rotate
+from glm5_port.registry import LONG_SUMS
 
 
 @operator(
@@ -36,6 +37,7 @@ from glm5_port.operators.rope import rotate
         hidden.new_empty((hidden.shape[0], weights_proj.shape[0]), dtype=accumulation_dtype(hidden)),
     ),
     weights=("wq_b", "wk", "k_norm_weight", "k_norm_bias", "weights_proj"),
+    budget=LONG_SUMS,
 )
 def indexer_prologue(
     hidden: Tensor,
@@ -110,6 +112,7 @@ _SCORE_FACTS = {
             (index_query.shape[0], block_table.shape[1] * index_cache[0].shape[1]), dtype=accumulation_dtype(index_query)
         )
     ),
+    budget=LONG_SUMS,
 )
 def indexer_scores(
     index_query: Tensor,
@@ -213,6 +216,7 @@ def select_top_k(scores: Tensor, *, top_k: int) -> Tensor:
     fake=lambda index_query, head_weights, index_cache, block_table, query_starts, lengths, *, top_k, cache_format: (
         index_query.new_empty((index_query.shape[0], top_k), dtype=torch.int32)
     ),
+    budget=LONG_SUMS,
 )
 def lightning_indexer(
     index_query: Tensor,

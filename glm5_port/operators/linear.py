@@ -10,12 +10,14 @@ from torch import Tensor
 
 from glm5_port.dispatch import operator
 from glm5_port.operators.norm import accumulation_dtype
+from glm5_port.registry import LONG_SUMS
 
 
 @operator(
     facts={"width_in": lambda weight, **_: weight.shape[1], "width_out": lambda weight, **_: weight.shape[0]},
     fake=lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0])),
     weights=("weight",),
+    budget=LONG_SUMS,
 )
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Projects each row.
@@ -52,6 +54,7 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     facts={"width": lambda gate_up, **_: gate_up.shape[1], "width_between": lambda down, **_: down.shape[1]},
     fake=lambda x, gate_up, down: x.new_empty((*x.shape[:-1], down.shape[0])),
     weights=("gate_up", "down"),
+    budget=LONG_SUMS,
 )
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Applies a SwiGLU feed-forward network to each row.

@@ -19,6 +19,7 @@ from glm5_port.operators.norm import accumulation_dtype, rms_norm
 from glm5_port.operators.rope import rotate
 from glm5_port.operators.softmax import visible_softmax
 from glm5_port.operators.sparse_attention import check_attention
+from glm5_port.registry import LONG_SUMS
 
 PROJECTION_WEIGHTS = ("q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm")
 PROJECTION_FACTS: dict[str, Any] = {
@@ -90,6 +91,7 @@ def _project_fake(hidden: Tensor, q_a: Tensor, q_b: Tensor, kv_a_norm: Tensor, c
         _project_fake(hidden, q_a, q_b, kv_a_norm, cos, nope_dim)
     ),
     weights=PROJECTION_WEIGHTS,
+    budget=LONG_SUMS,
 )
 def mla_project(
     hidden: Tensor,
@@ -167,6 +169,7 @@ def _prologue_fake(hidden: Tensor, q_a: Tensor, q_b: Tensor, kv_a_norm: Tensor, 
         _prologue_fake(hidden, q_a, q_b, kv_a_norm, w_uk, cos)
     ),
     weights=(*PROJECTION_WEIGHTS, "w_uk"),
+    budget=LONG_SUMS,
 )
 def mla_prologue(
     hidden: Tensor,
@@ -228,6 +231,7 @@ def _into_cache_fake(
     ),
     weights=(*PROJECTION_WEIGHTS, "w_uk"),
     mutates=("latent_cache",),
+    budget=LONG_SUMS,
 )
 def mla_prologue_into_cache(
     hidden: Tensor,
@@ -306,6 +310,7 @@ def _causal(positions: Tensor, keys: int) -> Tensor:
         query_nope.new_empty(*query_nope.shape[:2], w_uv.shape[1])
     ),
     weights=("w_uk", "w_uv"),
+    budget=LONG_SUMS,
 )
 def mla_attention_expanded(
     query_nope: Tensor,
@@ -373,6 +378,7 @@ def mla_attention_expanded(
 @operator(
     facts={**ATTENTION_FACTS, "latent_dim": lambda query_latent, **_: query_latent.shape[2]},
     fake=lambda query_latent, *_, **__: query_latent.new_empty(query_latent.shape),
+    budget=LONG_SUMS,
 )
 def mla_attention_absorbed(
     query_latent: Tensor,
@@ -432,6 +438,7 @@ def mla_attention_absorbed(
     },
     fake=lambda latent_out, w_uv, o: latent_out.new_empty(latent_out.shape[0], o.shape[0]),
     weights=("w_uv", "o"),
+    budget=LONG_SUMS,
 )
 def attention_output(latent_out: Tensor, w_uv: Tensor, o: Tensor) -> Tensor:
     """Takes latent attention results to hidden rows: per head out of the latent space, then the output projection.

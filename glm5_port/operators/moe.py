@@ -13,6 +13,7 @@ from glm5_port.dispatch import operator
 from glm5_port.errors import InputError
 from glm5_port.operators.linear import gated_mlp
 from glm5_port.operators.norm import accumulation_dtype
+from glm5_port.registry import LONG_SUMS
 
 
 def routing_scores(hidden: Tensor, gate: Tensor) -> Tensor:
@@ -64,6 +65,7 @@ def check_routing(experts: int, top_k: int, groups: int, groups_kept: int) -> No
         hidden.new_empty((hidden.shape[0], top_k), dtype=torch.int32),
     ),
     weights=("gate", "correction_bias"),
+    budget=LONG_SUMS,
 )
 def route_experts(
     hidden: Tensor,
@@ -123,6 +125,7 @@ def route_experts(
     },
     fake=lambda hidden, route_weights, ids, gate_up, down: torch.empty_like(hidden),
     weights=("gate_up", "down"),
+    budget=LONG_SUMS,
 )
 def expert_mlp(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Sends each token through its chosen experts and sums their results by the routing weights.

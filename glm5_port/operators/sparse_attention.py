@@ -13,6 +13,7 @@ from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout, gather_rows, locate_tokens, slots_at
 from glm5_port.operators.norm import accumulation_dtype
 from glm5_port.operators.softmax import visible_softmax
+from glm5_port.registry import LONG_SUMS
 
 
 @operator(
@@ -25,6 +26,7 @@ from glm5_port.operators.softmax import visible_softmax
         "cache_format": lambda cache_format, **_: cache_format,
     },
     fake=lambda query_latent, *_, **__: query_latent.new_empty(query_latent.shape),
+    budget=LONG_SUMS,
 )
 def sparse_mla_attention(
     query_latent: Tensor,

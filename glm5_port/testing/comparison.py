@@ -1,6 +1,6 @@
 """How outputs are held against the float64 gold: anomalies first, then error against the reference's own error.
 
-error(implementation) <= factor * error(reference in the working dtype) + floor, both for the relative root-mean-square
+error(implementation) <= factor * error(reference in the working dtype) + floor + summation, both for the relative root-mean-square
 error and for the largest absolute error over the gold's RMS. The budget is written at the operator.
 """
 
@@ -80,6 +80,12 @@ def check_equal(output: Tensor, expected: Tensor) -> list[str]:
     ]
 
 
+def allowed_error(budget: Budget, reference_error: float, dtype: torch.dtype) -> float:
+    """What a budget allows for outputs of `dtype`, given the reference's own error."""
+    rounding, accumulation = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return budget.factor * reference_error + budget.floor * rounding + budget.summation * accumulation
+
+
 def check_within_budget(outcome: Outcome, output: Tensor, reference: Tensor, gold: Tensor) -> list[str]:
     """Non-finite masks first, then both error measures against the budget."""
     if problem := _anomalies(output, reference):
@@ -88,17 +94,16 @@ def check_within_budget(outcome: Outcome, output: Tensor, reference: Tensor, gol
     if not finite.any():
         return []
     mine, theirs = _errors(output, gold, finite), _errors(reference, gold, finite)
-    floor = outcome.budget.floor * torch.finfo(output.dtype).eps
     problems = []
     for measure, value in mine.items():
-        allowed = outcome.budget.factor * theirs[measure] + floor
+        allowed = allowed_error(outcome.budget, theirs[measure], output.dtype)
         outcome.errors[measure] = max(outcome.errors.get(measure, 0.0), value)
         share = value / allowed
         outcome.errors["budget_share"] = max(outcome.errors.get("budget_share", 0.0), share)
         if not value <= allowed:
             problems.append(
                 f"{measure} error {value:.3g} is over its budget {allowed:.3g} "
-                f"({outcome.budget.factor:g} x the reference's {theirs[measure]:.3g} + {floor:.2g})"
+                f"({outcome.budget.factor:g} x the reference's {theirs[measure]:.3g}, and {allowed_error(outcome.budget, 0, output.dtype):.2g})"
             )
     return problems
 

@@ -15,7 +15,7 @@ from glm5_port.operators.cache import INDEX, cache_layout
 from glm5_port.operators.indexer import indexer_prologue, indexer_scores, lightning_indexer, select_top_k
 from glm5_port.operators.rope import rotary_angles
 from glm5_port.testing.cases import TIES, WIDTH, Case, Make, suite
-from glm5_port.testing.comparison import Outcome, check_equal, check_form
+from glm5_port.testing.comparison import Outcome, allowed_error, check_equal, check_form
 
 
 @suite(indexer_prologue, rows=("hidden", "query_residual", "cos", "sin"))
@@ -222,8 +222,8 @@ def compare_selection(outcome: Outcome) -> list[str]:
     seen = scores.isfinite()
     error = torch.where(seen, indexer_scores.reference(**arguments).double() - scores, 0.0).abs()
     size = torch.where(seen, scores, 0.0).square().sum() / seen.sum().clamp(min=1)
-    floor = outcome.budget.floor * torch.finfo(outcome.dtype).eps * size.sqrt().item()
-    near = 2 * (outcome.budget.factor * (error.max().item() if error.numel() else 0.0) + floor)
+    scale = size.sqrt().item() or 1.0
+    near = 2 * scale * allowed_error(outcome.budget, error.max().item() / scale if error.numel() else 0.0, outcome.dtype)
     problems = []
     for row in (indices != outcome.gold[0]).any(1).nonzero().flatten().tolist():
         mine, theirs = ({i for i in found[row].tolist() if i >= 0} for found in (indices, outcome.gold[0]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glm5_port.operators.moe import expert_mlp, group_scores, keep_best_groups, route_experts, routing_scores
 from glm5_port.testing.cases import TIES, WIDTH, Case, Make, suite
-from glm5_port.testing.comparison import Outcome, check_equal, check_form, check_within_budget
+from glm5_port.testing.comparison import Outcome, allowed_error, check_equal, check_form, check_within_budget
 
 
 def _biased(arguments: dict[str, Any]) -> Tensor:
@@ -39,7 +39,7 @@ def compare_routing(outcome: Outcome) -> list[str]:
 def _explain_other_ids(outcome: Outcome, ids: Tensor) -> list[str]:
     arguments, gold = dict(outcome.gold_arguments), _biased(dict(outcome.gold_arguments))
     error = (_biased(dict(outcome.arguments)).double() - gold).abs().nan_to_num(0.0).max().item() if gold.numel() else 0.0
-    near = 2 * (outcome.budget.factor * error + outcome.budget.floor * torch.finfo(outcome.outputs[0].dtype).eps)
+    near = 2 * allowed_error(outcome.budget, error, outcome.outputs[0].dtype)
     groups, kept = arguments["groups"], arguments["groups_kept"]
     problems = []
     for row in (ids != outcome.gold[1]).any(1).nonzero().flatten().tolist():
