@@ -2,8 +2,9 @@
 
     python benchmarks/dispatch_overhead.py [--json]
 
-Floor: 0. Four ways to make the same call, timed alternately in one run, medians of rounds: the implementation called directly, through
-a binding (what layers do), through the operator (selects by a memo), and through the opaque torch op (what traced graphs run).
+Floor: 0. Four ways to make the same call, timed alternately in one run, medians of rounds: the implementation called directly,
+through a binding (what layers do), through the operator (selects by a memo), and through the opaque torch op (what traced graphs
+run).
 """
 
 from __future__ import annotations

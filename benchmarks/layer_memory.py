@@ -2,10 +2,10 @@
 
     python benchmarks/layer_memory.py [--context 131072] [--prefill 512] [--cache-format plain] [--json]
 
-Attention and indexer have the true shapes; the MoE block has 16 of 256 experts and the vocabulary 256 tokens, so that the weights fit
-an ordinary machine (they are not counted). The cache holds random rows. Floor of the working set: the activations of the
-step; a naive indexer would need queries x keys scores for 32 heads, a naive attention queries x index_topk latents. Linux only: reads
-the peak resident size from /proc.
+Attention and indexer have the true shapes; the MoE block has 16 of 256 experts and the vocabulary 256 tokens, so that the
+weights fit an ordinary machine (they are not counted). The cache holds random rows. Floor of the working set: the activations
+of the step; a naive indexer would need queries x keys scores for 32 heads, a naive attention queries x index_topk latents.
+Linux only: reads the peak resident size from /proc.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,11 +31,15 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:9.0f} MiB"
+
+
 def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(context: int, prefill: int, cache_format: str) -> dict[str, object]:
+def measure(context: int, prefill: int, cache_format: str) -> dict[str, Any]:
     """Peak bytes above the resident size before each step, for a prefill chunk and a decode step that end at `context`."""
     config = dataclasses.replace(
         released("GLM-5.2"),
@@ -48,7 +53,9 @@ def measure(context: int, prefill: int, cache_format: str) -> dict[str, object]:
         num_nextn_predict_layers=0,
     )
     dtype = torch.bfloat16
-    model = build(config, random_weights(config, dtype=dtype), backend="cpu", dtype=dtype, cache_format=cache_format, max_context=context)
+    model = build(
+        config, random_weights(config, dtype=dtype), backend="cpu", dtype=dtype, cache_format=cache_format, max_context=context
+    )
     cache = model.new_cache([context])
     layer = cache.layers[0]
     for field in [*layer.latent, *(layer.index or [])]:
@@ -92,14 +99,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
-    mib = 2**20
-    print(f"one GLM-5.2 layer (16 of 256 experts), bfloat16, {arguments.context} cached tokens, cache {report['cache_format']}")
-    print(f"cache of the layer                     {int(str(report['cache_bytes'])) / mib:9.0f} MiB")
-    print(f"workspace budget of a portable operator{int(str(report['workspace_budget_bytes'])) / mib:9.0f} MiB")
-    for name, step in report["steps"].items():  # type: ignore[attr-defined]
-        print(f"{name:8} of {step['tokens']:4} tokens: peak above weights and cache {step['peak_bytes'] / mib:9.0f} MiB, {step['seconds']:.1f} s")
-    print(f"naive: scores of all heads             {int(str(report['naive_prefill_indexer_bytes'])) / mib:9.0f} MiB for the same prefill chunk")
-    print(f"naive: all selected latents gathered   {int(str(report['naive_prefill_gather_bytes'])) / mib:9.0f} MiB for the same prefill chunk")
+    print(f"one GLM-5.2 layer (16 of 256 experts), bfloat16, {report['context']} cached tokens, cache {report['cache_format']}")
+    print(f"{'cache of the layer':42} {mebibytes(report['cache_bytes'])}")
+    print(f"{'workspace budget of a portable operator':42} {mebibytes(report['workspace_budget_bytes'])}")
+    for name, step in report["steps"].items():
+        what = f"{name} of {step['tokens']} tokens, above these"
+        print(f"{what:42} {mebibytes(step['peak_bytes'])}   {step['seconds']:.1f} s")
+    print(f"{'naive prefill: scores of all heads':42} {mebibytes(report['naive_prefill_indexer_bytes'])}")
+    print(f"{'naive prefill: all selected latents':42} {mebibytes(report['naive_prefill_gather_bytes'])}")
 
 
 if __name__ == "__main__":

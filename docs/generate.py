@@ -1,7 +1,7 @@
 """Writes what is generated in the docs: docs/flags.md from flags.py, and the evidence table of the README from evidence/.
 
-    python docs/generate.py            write
-    python docs/generate.py --check    exit 1 when a file is not what would be written
+python docs/generate.py            write
+python docs/generate.py --check    exit 1 when a file is not what would be written
 """
 
 from __future__ import annotations

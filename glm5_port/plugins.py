@@ -1,7 +1,7 @@
 """Backends that other packages bring, found by entry point.
 
-A plugin is a function under the entry-point group `glm5_port.backends` that calls `register_backend` and `Operator.implement`; one that
-fails to import becomes a visible backend whose probe gives the failure. See docs/adding-a-backend.md.
+A plugin is a function under the entry-point group `glm5_port.backends` that calls `register_backend` and `Operator.implement`;
+one that fails to import becomes a visible backend whose probe gives the failure. See docs/adding-a-backend.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How an implementation is chosen, and the record of the choice.
 
-The request (`glm5_port.requests`) names backends or pins one implementation. Within a backend: its own implementations by rank, then the portable ones on the same device. `reference` runs only when
-asked for by name. Tensors never change device to find a kernel, and an exception from a chosen implementation is never
-caught to try another. The record (`Selection`) is the log line, the error text, the output of `explain`, the skip reason in
-tests and the row in the README table.
+The request (`glm5_port.requests`) names backends or pins one implementation. Within a backend: its own implementations by rank,
+then the portable ones on the same device. `reference` runs only when asked for by name. Tensors never change device to find a
+kernel, and an exception from a chosen implementation is never caught to try another. The record (`Selection`) is the log line,
+the error text, the output of `explain`, the skip reason in tests and the row in the README table.
 """
 
 from __future__ import annotations

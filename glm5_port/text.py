@@ -24,10 +24,13 @@ class Text:
 
         path = Path(directory) / TOKENIZER
         if not Path(directory).is_dir():
-            raise CheckpointError(f"{directory}: no such directory; a checkpoint is a folder with config.json and safetensors files")
+            raise CheckpointError(
+                f"{directory}: no such directory; a checkpoint is a folder with config.json and safetensors files"
+            )
         if not path.is_file():
             raise CheckpointError(
-                f"{directory} has no {TOKENIZER}, so text cannot be turned into token ids\n  Give the prompt as ids instead: --ids 1,2,3"
+                f"{directory} has no {TOKENIZER}, so text cannot be turned into token ids\n"
+                "  Give the prompt as ids instead: --ids 1,2,3"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))

@@ -14,7 +14,6 @@ BUILT_IN = ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", 
 """Folders of this package that hold a chip, in the order in which `auto` tries them."""
 
 
-
 def load_built_in() -> None:
     """Registers the built-in backends, then the implementations of each, then the portable ones."""
     for name in BUILT_IN:

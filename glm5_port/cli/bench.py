@@ -13,7 +13,9 @@ def bench(
     backend: Annotated[
         str | None, typer.Option("--backend", metavar="NAME", help="The chip to run on; default: as GLM5_PORT_BACKEND says.")
     ] = None,
-    operator: Annotated[list[str] | None, typer.Option("--operator", metavar="NAME", help="Only this one; may be repeated.")] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option("--operator", metavar="NAME", help="Only this one; may be repeated.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Working dtype.")] = "bfloat16",
     prefill: Annotated[int, typer.Option("--prefill", min=2, help="Tokens of a prefill chunk.")] = 64,
     context: Annotated[int, typer.Option("--context", min=2, help="Cached tokens.")] = 8192,
@@ -27,7 +29,12 @@ def bench(
 
 
 def measure(
-    backend: str | None = None, operators: list[str] | None = None, *, dtype: str = "bfloat16", prefill: int = 64, context: int = 8192
+    backend: str | None = None,
+    operators: list[str] | None = None,
+    *,
+    dtype: str = "bfloat16",
+    prefill: int = 64,
+    context: int = 8192,
 ) -> dict[str, Any]:
     """Ceilings of this machine and the timing of every workload, as plain data.
 
@@ -90,6 +97,13 @@ def _print(report: dict[str, Any]) -> None:
         speed = "no speed" if timing["seconds"] is None else f"{timing['seconds'] * 1e3:.3f} ms"
         share = timing["refused"] if timing["share"] is None else f"{timing['share']:.0%}"
         rows.append(
-            [timing["operator"], timing["workload"], timing["implementation"], f"{timing['floor_seconds'] * 1e3:.3f} ms", speed, share or ""]
+            [
+                timing["operator"],
+                timing["workload"],
+                timing["implementation"],
+                f"{timing['floor_seconds'] * 1e3:.3f} ms",
+                speed,
+                share or "",
+            ]
         )
     print_table(("operator", "workload", "implementation", "floor", "measured", "share of floor"), rows)

@@ -82,7 +82,7 @@ def _agreement(say: Any, directory: Path) -> dict[str, Any]:
         f"   {source.name} of Python's standard library: {len(prompt)} tokens (bytes), index_topk {config.index_topk}, "
         f"{config.num_hidden_layers} layers of which {len(config.full_layers)} own an indexer, {config.n_routed_experts} experts"
     )
-    say(f"   on {model.backend}, {time.perf_counter() - started:.1f} s for both implementations. Which implementation ran, and why:\n")
+    say(f"   on {model.backend}, {time.perf_counter() - started:.1f} s for both. Which implementation ran, and why:\n")
     if say is print_text:
         rows = {(s.operator, s.chosen.id if s.chosen else "", str(s.request)) for s in model.decisions()}
         print_table(("operator", "implementation", "request"), [list(row) for row in sorted(rows)])
@@ -113,15 +113,16 @@ def _parity(say: Any, *, show: bool) -> dict[str, Any]:
 
 
 def _where_next(keep: Path | None) -> None:
-    checkpoint = keep or "CHECKPOINT"
-    print_text(
-        f"""
-4. Where to go next
-
-   glm5-port info {checkpoint}                          what a checkpoint is, and the memory it needs
-   glm5-port generate {checkpoint} --prompt "import"    run it ({"written by this demo" if keep else "glm5-port demo --keep FOLDER writes one"})
-   glm5-port explain sparse_mla_attention --as npu      what would run on a chip that is not here
-   glm5-port parity                                     all parity cases, GLM-5 widths too
-   docs/adding-a-backend.md                             bring your own chip
-"""
-    )
+    checkpoint = str(keep or "CHECKPOINT")
+    hint = "written by this demo" if keep else "glm5-port demo --keep FOLDER writes one"
+    commands = [
+        (f"glm5-port info {checkpoint}", "what a checkpoint is, and the memory it needs"),
+        (f'glm5-port generate {checkpoint} --prompt "import"', f"run it ({hint})"),
+        ("glm5-port explain sparse_mla_attention --as npu", "what would run on a chip that is not here"),
+        ("glm5-port parity", "all parity cases, GLM-5 widths too"),
+        ("docs/adding-a-backend.md", "bring your own chip"),
+    ]
+    width = max(len(command) for command, _ in commands)
+    print_text("\n4. Where to go next\n")
+    for command, meaning in commands:
+        print_text(f"   {command:{width}}   {meaning}")

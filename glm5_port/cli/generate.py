@@ -37,7 +37,9 @@ def generate(
     max_context: Annotated[int | None, typer.Option("--max-context", help="Default: the config's limit.")] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Draft with the MTP layer and verify.")] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="Tokens drafted at a time, with --mtp.")] = 1,
-    decisions: Annotated[bool, typer.Option("--decisions", help="Also print which implementation ran for every operator.")] = False,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="Also print which implementation ran for every operator.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")] = False,
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""

@@ -1,4 +1,4 @@
-"""Building a model from a config and a function that gives tensors: the step that `glm5_port.load` shares with tests and tools."""
+"""Building a model from a config and a function that gives tensors: what `glm5_port.load` shares with tests and tools."""
 
 from __future__ import annotations
 
@@ -92,10 +92,8 @@ def random_weights(config: Glm5Config, *, dtype: torch.dtype, seed: int = 0, dev
 
 def working_dtype(dtype: torch.dtype | str | None, config: Glm5Config) -> torch.dtype:
     """The dtype a model computes in: the argument, else the config's, else bfloat16."""
-    if isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
-    else:
-        name = dtype or config.dtype or "bfloat16"
+    asked = dtype or config.dtype or "bfloat16"
+    name = str(asked).removeprefix("torch.")
     if name not in DTYPES:
         raise InputError(f"dtype={name}: no such working dtype{did_you_mean(name, DTYPES)}\n  supported: {', '.join(DTYPES)}")
     return DTYPES[name]

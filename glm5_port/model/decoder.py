@@ -98,7 +98,8 @@ class Glm5Model(Generation, nn.Module):
         if (context := requested_context()) != self._context_at_construction and context is not None:
             raise SelectionError(
                 f"use_backend({context!r}) around a model that is built already has no effect: its operators were bound at "
-                f"construction ({self.backend}).\n  Use model.rebind(operator, implementation), or load the model inside the context."
+                f"construction ({self.backend}).\n"
+                "  Use model.rebind(operator, implementation), or load the model inside the context."
             )
         step = self.locate(batch)
         block_TD = F.embedding(tokens_T, self._embedding())

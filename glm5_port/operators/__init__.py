@@ -1,14 +1,14 @@
 """What each operator means: contract, reference, static facts, fake, error budget. Imports no backend.
 
-    norm              rms_norm, add_rms_norm
-    linear            linear, gated_mlp
-    moe               route_experts, expert_mlp
-    rope              rotate, and the plain function rotary_angles
-    indexer           indexer_prologue, indexer_scores, select_top_k, lightning_indexer
-    cache             write_cache, CacheLayout; the built-in layouts are in cache_layouts
-    mla               mla_project, mla_prologue, mla_prologue_into_cache, mla_attention_expanded, mla_attention_absorbed,
-                      attention_output
-    sparse_attention  sparse_mla_attention
+norm              rms_norm, add_rms_norm
+linear            linear, gated_mlp
+moe               route_experts, expert_mlp
+rope              rotate, and the plain function rotary_angles
+indexer           indexer_prologue, indexer_scores, select_top_k, lightning_indexer
+cache             write_cache, CacheLayout; the built-in layouts are in cache_layouts
+mla               mla_project, mla_prologue, mla_prologue_into_cache, mla_attention_expanded, mla_attention_absorbed,
+                  attention_output
+sparse_attention  sparse_mla_attention
 """
 
 from glm5_port.operators import cache_layouts as cache_layouts

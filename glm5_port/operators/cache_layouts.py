@@ -191,9 +191,7 @@ LATENT_INT8 = register_layout(
     )
 )
 INDEX_PLAIN = register_layout(
-    CacheLayout(
-        INDEX, "plain", (CacheField("index_key", None, lambda widths: widths[0]),), _as_they_are, _to_dtype, exact=True
-    )
+    CacheLayout(INDEX, "plain", (CacheField("index_key", None, lambda widths: widths[0]),), _as_they_are, _to_dtype, exact=True)
 )
 INDEX_FP8 = register_layout(
     CacheLayout(

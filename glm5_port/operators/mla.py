@@ -165,8 +165,8 @@ def _prologue_fake(hidden: Tensor, q_a: Tensor, q_b: Tensor, kv_a_norm: Tensor, 
 
 @operator(
     facts=PROLOGUE_FACTS,
-    fake=lambda hidden, q_a, q_a_norm, q_b, kv_a, kv_a_norm, w_uk, cos, sin, *, latent_norm_eps, rope_interleaved: (
-        _prologue_fake(hidden, q_a, q_b, kv_a_norm, w_uk, cos)
+    fake=lambda hidden, q_a, q_a_norm, q_b, kv_a, kv_a_norm, w_uk, cos, sin, *, latent_norm_eps, rope_interleaved: _prologue_fake(
+        hidden, q_a, q_b, kv_a_norm, w_uk, cos
     ),
     weights=(*PROJECTION_WEIGHTS, "w_uk"),
     budget=LONG_SUMS,

@@ -1,8 +1,8 @@
 """Names the operator that breaks a model: every call of a reference run, replayed on the suspect's implementations.
 
 The reference model generates a few tokens while every operator call is recorded. Each call's inputs, taken from the *reference*
-run, then go through the suspect's implementation of the same binding, and the outputs are judged as in parity, against the float64
-gold of those inputs. So a flipped selection or a small error is not blamed on the layers after it.
+run, then go through the suspect's implementation of the same binding, and the outputs are judged as in parity, against the
+float64 gold of those inputs. So a flipped selection or a small error is not blamed on the layers after it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def bisect(
     Raises:
         InputError: the two models are not the same model.
     """
-    if len(suspect.binder.bindings) != len(reference.binder.bindings):
-        raise InputError("bisect needs two builds of one model: the number of bound operators differs")
+    ours, theirs = ([bound.selection.operator for bound in model.binder.bindings] for model in (suspect, reference))
+    if ours != theirs:
+        raise InputError("bisect needs two builds of one model: they do not bind the same operators in the same order")
     calls = _record(reference, prompts, max_new_tokens)
     own_weights = _weights_of(suspect)
     findings: list[Finding] = []
@@ -110,7 +111,8 @@ def bisect(
         first=wrong[0] if wrong else None,
         operators={name: sum(f.operator == name for f in wrong) for name in dict.fromkeys(f.operator for f in wrong)},
         worst_share={
-            name: max(f.budget_share for f in findings if f.operator == name) for name in dict.fromkeys(f.operator for f in findings)
+            name: max(f.budget_share for f in findings if f.operator == name)
+            for name in dict.fromkeys(f.operator for f in findings)
         },
     )
 
@@ -161,7 +163,11 @@ def _record(model: Glm5Model, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def _recorder(number: int, bound: Bound, calls: list[_Call]) -> Callable[..., Any]:
-    function, parameters, weights = bound.function, bound.implementation.operator.parameters, bound.implementation.operator.weights
+    function, parameters, weights = (
+        bound.function,
+        bound.implementation.operator.parameters,
+        bound.implementation.operator.weights,
+    )
 
     def record(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(parameters, args, strict=False)) | kwargs

@@ -1,7 +1,7 @@
 """How outputs are held against the float64 gold: anomalies first, then error against the reference's own error.
 
-error(implementation) <= factor * error(reference in the working dtype) + floor + summation, both for the relative root-mean-square
-error and for the largest absolute error over the gold's RMS. The budget is written at the operator.
+error(implementation) <= factor * error(reference in the working dtype) + floor + summation, both for the relative
+root-mean-square error and for the largest absolute error over the gold's RMS. The budget is written at the operator.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def check_within_budget(outcome: Outcome, output: Tensor, reference: Tensor, gol
         if not value <= allowed:
             problems.append(
                 f"{measure} error {value:.3g} is over its budget {allowed:.3g} "
-                f"({outcome.budget.factor:g} x the reference's {theirs[measure]:.3g}, and {allowed_error(outcome.budget, 0, output.dtype):.2g})"
+                f"({outcome.budget.factor:g} x the reference's {theirs[measure]:.3g}, "
+                f"and {allowed_error(outcome.budget, 0, output.dtype):.2g})"
             )
     return problems
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints written by Hugging Face transformers: the outside truth of tests and demo. Needs the extra `transformers`.
+"""Small random checkpoints written by Hugging Face transformers (extra `transformers`): the outside truth of tests and demo.
 
 Weights are spread so that every part matters: projections of unit gain, norms and the router's bias away from their neutral
 initial values, because a model whose biases are zero would hide half of the mistakes one can make.
@@ -36,7 +36,9 @@ def write_checkpoint(directory: str | PathLike[str], fields: dict[str, Any], *, 
             "  Install it: pip install 'glm5_port[transformers]'"
         ) from error
     torch.manual_seed(seed)
-    config = GlmMoeDsaConfig(**{key: value for key, value in fields.items() if key not in ("architectures", "model_type", "dtype")})
+    config = GlmMoeDsaConfig(
+        **{key: value for key, value in fields.items() if key not in ("architectures", "model_type", "dtype")}
+    )
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model = GlmMoeDsaForCausalLM(config).eval()

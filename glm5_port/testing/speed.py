@@ -105,7 +105,13 @@ def parity_is_green(implementation: Implementation, dtype: torch.dtype, backend:
 
 
 def time_workload(
-    workload: Workload, implementation: Implementation, *, dtype: torch.dtype, device: str, ceilings: Ceilings, refused: str | None
+    workload: Workload,
+    implementation: Implementation,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    ceilings: Ceilings,
+    refused: str | None,
 ) -> Timing:
     """Times one workload; with `refused` only the floor is worked out."""
     operator = workload.operator

@@ -181,7 +181,9 @@ def _attention_workloads(config: Glm5Config, T: int, S: int, name: str) -> Itera
         lambda make: {**attention(make), "indices": _indices(make, T, S, K)},
         # Rows that several queries select may be read once: at least the smaller of all selected rows and the whole cache.
         lambda a: (
-            _size(a["query_latent"], a["query_rope"]) + _size(a["query_latent"]) + min(T * keys, S) * (C + R) * a["query_rope"].element_size()
+            _size(a["query_latent"], a["query_rope"])
+            + _size(a["query_latent"])
+            + min(T * keys, S) * (C + R) * a["query_rope"].element_size()
         ),
         2.0 * T * H * keys * (2 * C + R),
     )

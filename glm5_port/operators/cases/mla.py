@@ -143,6 +143,7 @@ def mla_prologue_into_cache_cases() -> Iterator[Case]:
     yield Case("only_padding", lambda make: arguments(make, [0], [3], padding=2))
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, "fp8", padding=2))
     yield Case("int8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, "int8", padding=2))
+
     def glm5_rank(form: str) -> Case:
         return Case(f"glm5_rank_{form}", lambda make: arguments(make, [2], [70], GLM5_RANK, form, page_size=64), tags=WIDTH)
 
