@@ -3,13 +3,16 @@
 The reference model generates a few tokens while every operator call is recorded. Each call's inputs, taken from the *reference*
 run, then go through the suspect's implementation of the same binding, and the outputs are judged as in parity, against the
 float64 gold of those inputs. So a flipped selection or a small error is not blamed on the layers after it.
+
+Exact ties are judged apart: in a run they are rare, and one cannot tell a broken tie rule from an honest rounding that broke the
+tie. So the first call of every implementation brings the suite's own cases of ties (`TIES`) with it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -24,8 +27,8 @@ from glm5_port.model.decoder import Glm5Model
 from glm5_port.model.load import load
 from glm5_port.requests import resolve_backend
 from glm5_port.testing.calls import flat, run_outputs, to_device, to_gold
-from glm5_port.testing.cases import Case, Suite, load_suites
-from glm5_port.testing.parity import Truth
+from glm5_port.testing.cases import TIES, WIDTH, Case, Suite, load_suites
+from glm5_port.testing.parity import Truth, run_case
 from glm5_port.testing.tiny import tiny_config
 
 
@@ -100,11 +103,16 @@ def bisect(
         raise InputError("bisect needs two builds of one model: they do not bind the same operators in the same order")
     calls = _record(reference, prompts, max_new_tokens)
     own_weights = _weights_of(suspect)
+    tied: set[tuple[str, Any]] = set()
     findings: list[Finding] = []
     for number, call in enumerate(calls):
         if progress is not None:
             progress(suspect.binder.bindings[call.binding].selection.operator, number, len(calls))
         findings.append(_replay(number, call, suspect, own_weights))
+        bound = suspect.binder.bindings[call.binding]
+        if (key := (bound.selection.operator, bound.function)) not in tied:
+            tied.add(key)
+            findings[-1].problems += _check_ties(bound, suspect)
     wrong = [finding for finding in findings if finding.problems]
     return BisectReport(
         calls=len(calls),
@@ -199,6 +207,18 @@ def _replay(number: int, call: _Call, suspect: Glm5Model, own_weights: dict[int,
     except Exception as error:  # what an implementation raises is what bisect is asked to find
         finding.problems = [f"raised {type(error).__name__}: {error}"]
     return finding
+
+
+def _check_ties(bound: Bound, suspect: Glm5Model) -> list[str]:
+    """What the suite's cases of exact ties say about what this binding runs. Cases at true widths would take too long."""
+    suite = load_suites()[bound.selection.operator]
+    implementation = replace(bound.implementation, function=bound.function)
+    problems: list[str] = []
+    for case in suite.cases:
+        if TIES <= case.tags and not case.tags & WIDTH and suspect.dtype in case.dtypes:
+            result = run_case(suite, implementation, case, suspect.dtype, str(suspect.device), backend=suspect.backend)
+            problems += [f"case of ties {case.name}: {problem}" for problem in result.problems if result.status == "failed"]
+    return problems
 
 
 def _truth(suite: Suite, call: _Call) -> Truth:

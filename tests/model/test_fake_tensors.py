@@ -148,7 +148,9 @@ def test_whole_models(release: str, device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"cache_format": "fp8"}, {"cache_format": "int8"}, {"max_context": 2048}, {"block_size": 128}])
+@pytest.mark.parametrize(
+    "options", [{"cache_format": "fp8"}, {"cache_format": "int8"}, {"max_context": 2048}, {"block_size": 128}]
+)
 def test_other_caches_and_dense_attention(options: dict[str, Any]) -> None:
     with fake_model("glm52", "cuda:0", 4, mtp=True, **options) as model:
         check(model, prefill=40, length=min(model.max_context, 6000))

@@ -130,7 +130,11 @@ def test_stop_ids_of_generation_config(tensors: dict[str, Tensor], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "bfloat6"}, InputError, r"dtype=bfloat6: no such working dtype; did you mean bfloat16\?\n  supported: bfloat16, float16"),
+        (
+            {"dtype": "bfloat6"},
+            InputError,
+            r"dtype=bfloat6: no such working dtype; did you mean bfloat16\?\n  supported: bfloat16, float16",
+        ),
         ({"dtype": torch.int8}, InputError, "dtype=int8: no such working dtype"),
         ({"latent_norm_eps": -1e-5}, InputError, "latent_norm_eps must be a positive number, got -1e-05"),
         ({"block_size": -1}, InputError, "block_size must be at least 1"),
@@ -141,7 +145,9 @@ def test_stop_ids_of_generation_config(tensors: dict[str, Tensor], tmp_path: Pat
         ({"backend": "reference"}, FlagError, "is not a chip"),
     ],
 )
-def test_wrong_options(path: Path, options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_options(
+    path: Path, options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from glm5_port.model.checkpoint import Checkpoint
 
     monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a tensor was read"))
@@ -155,7 +161,9 @@ def test_a_backend_that_is_not_here(path: Path, chip: Any) -> None:
     with pytest.raises(SelectionError) as caught:
         glm5_port.load(path, backend="elsewhere")
     text = str(caught.value)
-    assert text.startswith("backend=elsewhere: no requested backend is usable on this machine\n  elsewhere: the package torch_elsewhere")
+    assert text.startswith(
+        "backend=elsewhere: no requested backend is usable on this machine\n  elsewhere: the package torch_elsewhere"
+    )
     assert "usable here: " in text
     assert "cpu" in text.split("usable here: ")[1]
     assert glm5_port.load(path, backend="elsewhere,cpu").backend == "cpu"
