@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -15,48 +15,8 @@ if TYPE_CHECKING:
     from glm5_port.dispatch import Operator
     from glm5_port.selection import Selection
 
-GLM5_FACTS: dict[str, Any] = {
-    # widths of the model
-    "width": 6144,
-    "width_in": 6144,
-    "width_out": 6144,
-    "width_between": 2048,
-    # latent attention
-    "heads": 64,
-    "head_dim": 64,
-    "query_latent_dim": 2048,
-    "nope_dim": 192,
-    "rope_dim": 64,
-    "latent_dim": 512,
-    "value_dim": 256,
-    "rope_interleaved": True,
-    "interleaved": True,
-    "start": 0,
-    # cache
-    "kind": "latent",
-    "widths": (512, 64),
-    "page_size": 64,
-    "cache_format": "plain",
-    # selection and routing
-    "top_k": 2048,
-    "experts": 256,
-    "groups": 1,
-    "groups_kept": 1,
-    "renormalise": True,
-}
-"""Fact name -> its value in the released GLM-5, for the facts that are not given on the command line."""
-
-_INDEXER = {"heads": 32, "head_dim": 128}
-_ROUTER = {"top_k": 8}
-GLM5_FACTS_OF: dict[str, dict[str, Any]] = {
-    "indexer_prologue": _INDEXER,
-    "indexer_scores": _INDEXER,
-    "lightning_indexer": _INDEXER,
-    "route_experts": _ROUTER,
-    "expert_mlp": _ROUTER,
-    "gated_mlp": {"width_between": 12288},
-}
-"""Operators for which a fact has another value than in `GLM5_FACTS`."""
+RELEASE = "GLM-5.2"
+"""Whose facts are assumed where neither a checkpoint nor a fact is given."""
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -74,42 +34,41 @@ def explain(
     ] = False,
     fact: Annotated[
         list[str] | None,
-        typer.Option("--fact", metavar="NAME=VALUE", help="A static fact; GLM-5's own value otherwise. May be repeated."),
+        typer.Option("--fact", metavar="NAME=VALUE", help=f"A static fact; that of {RELEASE} otherwise. May be repeated."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="CHECKPOINT", help="Take the facts of this model (only config.json is read)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")] = False,
 ) -> None:
     """Show which implementation would run, and why not the others. Exits with 1 when nothing fits."""
     facts = {"dtype": _parse_dtype(dtype), "needs_grad": needs_grad}
+    assumed = assumed_facts(checkpoint)
     given = dict(_parse_fact(text) for text in fact or [])
     if operator is None:
-        records = _decide_all(as_backend, facts, given)
+        records = _decide_all(as_backend, facts, assumed, given)
         print_json([record.as_dict() for record in records]) if as_json else _print_overview(records)
     else:
-        record = _decide(_find(operator), as_backend, facts, given)
+        record = _decide(_find(operator), as_backend, facts, assumed, given)
         records = [record]
         print_json(record.as_dict()) if as_json else print_text(f"{record}\n  facts: {_facts_line(record)}")
     if any(record.chosen is None for record in records):
         raise typer.Exit(1)
 
 
-def facts_of_glm5(operator: Operator, *, given: Collection[str] = ()) -> dict[str, Any]:
-    """The operator's own facts, but for the given ones, as they are in the released GLM-5.
+def assumed_facts(checkpoint: Path | None) -> dict[str, dict[str, Any]]:
+    """Operator -> its own facts, as they are in a checkpoint's config, or (None) in the released model."""
+    from glm5_port.config import Glm5Config, released
+    from glm5_port.model.facts import operator_facts
 
-    Raises:
-        InputError: a fact has no value here: a new operator's fact that nobody has written down yet.
-    """
-    known = GLM5_FACTS | GLM5_FACTS_OF.get(operator.name, {})
-    needed = [name for name in operator.facts if name not in given]
-    for name in needed:
-        if name not in known:
-            raise InputError(
-                f"{operator.name}: no GLM-5 value is known for the fact {name!r}\n"
-                f"  give it with --fact {name}=VALUE, and add it to GLM5_FACTS in glm5_port/cli/explain.py"
-            )
-    return {name: known[name] for name in needed}
+    config = released(RELEASE) if checkpoint is None else Glm5Config.from_json(checkpoint)
+    return operator_facts(config, cache_format="plain", page_size=64)
 
 
-def _decide_all(as_backend: str | None, facts: dict[str, Any], given: dict[str, str]) -> list[Selection]:
+def _decide_all(
+    as_backend: str | None, facts: dict[str, Any], assumed: dict[str, dict[str, Any]], given: dict[str, str]
+) -> list[Selection]:
     """The record of every operator; each takes from the given facts those that it has."""
     from glm5_port.registry import COMMON_FACTS, OPERATORS
 
@@ -120,15 +79,20 @@ def _decide_all(as_backend: str | None, facts: dict[str, Any], given: dict[str, 
                 f"--fact {name}: no operator has this fact{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
             )
     mine = {o: {n: v for n, v in given.items() if n in COMMON_FACTS or n in o.facts} for o in OPERATORS.values()}
-    return [_decide(operator, as_backend, facts, mine[operator]) for operator in OPERATORS.values()]
+    return [_decide(operator, as_backend, facts, assumed, mine[operator]) for operator in OPERATORS.values()]
 
 
-def _decide(operator: Operator, as_backend: str | None, facts: dict[str, Any], given: dict[str, str]) -> Selection:
+def _decide(
+    operator: Operator,
+    as_backend: str | None,
+    facts: dict[str, Any],
+    assumed: dict[str, dict[str, Any]],
+    given: dict[str, str],
+) -> Selection:
     from glm5_port.selection import decide
 
-    complete = {"device_type": _device_type(), **facts, **facts_of_glm5(operator, given=given)}
-    known = complete | GLM5_FACTS
-    complete |= {name: _parse_value(name, text, known.get(name)) for name, text in given.items()}
+    complete = {"device_type": _device_type(), **facts, **assumed[operator.name]}
+    complete |= {name: _parse_value(name, text, complete.get(name)) for name, text in given.items()}
     return decide(operator, operator.complete_facts(complete), as_backend=as_backend)
 
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from glm5_port.cli.explain import GLM5_FACTS, GLM5_FACTS_OF, facts_of_glm5
-from glm5_port.errors import InputError
+from glm5_port.cli.explain import assumed_facts
 from glm5_port.operators import rms_norm
 from glm5_port.registry import BACKENDS, OPERATORS, PORTABLE
+from glm5_port.testing.tiny import TINY
 
 
 @pytest.fixture
@@ -24,20 +24,17 @@ def npu_kernel():
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_every_fact_of_every_operator_has_a_glm5_value(name: str) -> None:
-    assert list(facts_of_glm5(OPERATORS[name])) == list(OPERATORS[name].facts)
+def test_the_model_knows_every_fact_of_every_operator_and_no_other(name: str) -> None:
+    assert sorted(assumed_facts(None)[name]) == sorted(OPERATORS[name].facts)
 
 
-def test_no_value_stands_for_a_fact_that_no_operator_has() -> None:
-    assert set(GLM5_FACTS) <= {fact for operator in OPERATORS.values() for fact in operator.facts}
-    for name, facts in GLM5_FACTS_OF.items():
-        assert set(facts) & set(OPERATORS[name].facts)
-
-
-def test_a_fact_without_a_glm5_value_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rms_norm.facts, "colour", lambda **_: "red")
-    with pytest.raises(InputError, match="no GLM-5 value is known for the fact 'colour'"):
-        facts_of_glm5(rms_norm)
+def test_the_facts_of_a_checkpoint(command_line, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    record = json.loads(command_line("explain", "lightning_indexer", "--checkpoint", str(tmp_path), "--json").out)
+    assert record["facts"]["heads"] == TINY["index_n_heads"]
+    assert record["facts"]["top_k"] == TINY["index_topk"]
+    missing = command_line("explain", "--checkpoint", str(tmp_path / "nowhere"))
+    assert (missing.code, missing.out) == (2, "")
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
