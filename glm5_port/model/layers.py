@@ -66,17 +66,39 @@ class Indexer(nn.Module):
         )
 
 
+class Prologue(BoundLayer):
+    """Absorbed queries of a step; its latents and rope keys go into the cache on the way."""
+
+    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
+        super().__init__(bind(ops.mla_prologue_into_cache))
+        self.latent_norm_eps = config.latent_norm_eps
+        self.rope_interleaved = config.rope_interleave
+        self.cache_format = cache_format
+
+    def into_cache(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns: absorbed queries [T, H, C], rope queries [T, H, R], the normalised query latent [T, Q]."""
+        queries: tuple[Tensor, Tensor, Tensor] = self(
+            hidden=hidden_TD,
+            cos=step.cos_TR,
+            sin=step.sin_TR,
+            latent_cache=cache.latent,
+            slots=step.batch.slots_T,
+            latent_norm_eps=self.latent_norm_eps,
+            rope_interleaved=self.rope_interleaved,
+            cache_format=self.cache_format,
+        )
+        return queries
+
+
 class SparseAttention(nn.Module):
     """MLA in absorbed form over the positions that this layer's indexer, or an earlier layer's (IndexShare), selected."""
 
     def __init__(self, config: Glm5Config, bind: Binder, cache_format: str, *, owns_indexer: bool) -> None:
         super().__init__()
-        self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
+        self.prologue = Prologue(config, bind, cache_format)
         self.attend = {phase: bind(ops.sparse_mla_attention, phase=phase) for phase in (PREFILL, DECODE)}
         self.output = BoundLayer(bind(ops.attention_output))
         self.indexer = Indexer(config, bind, cache_format) if owns_indexer else None
-        self.latent_norm_eps = config.latent_norm_eps
-        self.rope_interleaved = config.rope_interleave
         self.scale = config.softmax_scale
         self.cache_format = cache_format
 
@@ -84,16 +106,7 @@ class SparseAttention(nn.Module):
         self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch = step.batch
-        query_latent_THC, query_rope_THR, query_residual_TQ = self.prologue(
-            hidden=hidden_TD,
-            cos=step.cos_TR,
-            sin=step.sin_TR,
-            latent_cache=cache.latent,
-            slots=batch.slots_T,
-            latent_norm_eps=self.latent_norm_eps,
-            rope_interleaved=self.rope_interleaved,
-            cache_format=self.cache_format,
-        )
+        query_latent_THC, query_rope_THR, query_residual_TQ = self.prologue.into_cache(hidden_TD, step, cache)
         if self.indexer is not None and cache.index is not None and indices_TK is None:
             indices_TK = self.indexer(hidden_TD, query_residual_TQ, step, cache.index)
         latent_out_THC = self.attend[batch.phase](
@@ -119,7 +132,7 @@ class DenseAttention(nn.Module):
         self.project = BoundLayer(bind(ops.mla_project))
         self.write = bind(ops.write_cache)
         self.expanded = BoundLayer(bind(ops.mla_attention_expanded, phase=PREFILL))
-        self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
+        self.prologue = Prologue(config, bind, cache_format)
         self.absorbed = bind(ops.mla_attention_absorbed, phase=DECODE)
         self.expanded_output = BoundLayer(
             bind(ops.linear, width_in=config.num_attention_heads * config.v_head_dim, width_out=config.hidden_size)
@@ -162,16 +175,7 @@ class DenseAttention(nn.Module):
 
     def _decode(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> Tensor:
         batch = step.batch
-        query_latent_THC, query_rope_THR, _ = self.prologue(
-            hidden=hidden_TD,
-            cos=step.cos_TR,
-            sin=step.sin_TR,
-            latent_cache=cache.latent,
-            slots=batch.slots_T,
-            latent_norm_eps=self.latent_norm_eps,
-            rope_interleaved=self.rope_interleaved,
-            cache_format=self.cache_format,
-        )
+        query_latent_THC, query_rope_THR, _ = self.prologue.into_cache(hidden_TD, step, cache)
         latent_out_THC = self.absorbed(
             query_latent_THC,
             query_rope_THR,

@@ -92,7 +92,7 @@ def bisect(
         suspect: a model on any backend.
         reference: the same model on the CPU, built with `implementation="reference"`.
         prompts: run through both prefill and decode.
-        max_new_tokens: decode steps.
+        max_new_tokens: the first comes from the prefill, each other one is a decode step.
         progress: called with (operator, calls replayed, calls in all).
 
     Raises:
@@ -134,7 +134,7 @@ def bisect_report(
     new_tokens: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BisectReport:
-    """`bisect` of a checkpoint, or (None) of a small random GLM-5.2, on a random prompt."""
+    """`bisect` of a checkpoint, or (None) of a small random GLM-5.2, on a random prompt: prefill, then `new_tokens` steps."""
     if checkpoint is None:
         suspect, reference = build_pair(tiny_config(), backend=backend, dtype=dtype)
     else:
@@ -142,7 +142,9 @@ def bisect_report(
         reference = load(checkpoint, backend="cpu", dtype=dtype, implementation="reference")
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, suspect.config.vocab_size, (prompt_tokens,), generator=generator).tolist()
-    return bisect(suspect, reference, [prompt], max_new_tokens=new_tokens, progress=progress)
+    return bisect(
+        suspect, reference, [prompt], max_new_tokens=new_tokens + 1, progress=progress
+    )  # the first comes from the prefill
 
 
 def build_pair(
@@ -215,7 +217,7 @@ def _check_ties(bound: Bound, suspect: Glm5Model) -> list[str]:
     implementation = replace(bound.implementation, function=bound.function)
     problems: list[str] = []
     for case in suite.cases:
-        if TIES <= case.tags and not case.tags & WIDTH and suspect.dtype in case.dtypes:
+        if (case.tags & TIES) and not (case.tags & WIDTH) and suspect.dtype in case.dtypes:
             result = run_case(suite, implementation, case, suspect.dtype, str(suspect.device), backend=suspect.backend)
             problems += [f"case of ties {case.name}: {problem}" for problem in result.problems if result.status == "failed"]
     return problems
