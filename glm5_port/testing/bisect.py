@@ -142,9 +142,8 @@ def bisect_report(
         reference = load(checkpoint, backend="cpu", dtype=dtype, implementation="reference")
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, suspect.config.vocab_size, (prompt_tokens,), generator=generator).tolist()
-    return bisect(
-        suspect, reference, [prompt], max_new_tokens=new_tokens + 1, progress=progress
-    )  # the first comes from the prefill
+    # One more than decode steps: the first new token comes from the prefill.
+    return bisect(suspect, reference, [prompt], max_new_tokens=new_tokens + 1, progress=progress)
 
 
 def build_pair(

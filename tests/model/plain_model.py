@@ -1,5 +1,5 @@
-"""GLM-5 written once more, straight from the description of the architecture and nothing else of this library: dense formulas over a
-whole sequence in float64, one head, one token, one expert at a time. Slow, and too plain to share a mistake with the operators.
+"""GLM-5 written once more, straight from the description of the architecture, with nothing else of this library: dense
+formulas over a whole sequence in float64, one token at a time. Slow, and too plain to share a mistake with the operators.
 
 Angles are float32 as everywhere (that is part of the model's definition); the rotation itself is a product of complex numbers.
 """
@@ -72,11 +72,11 @@ class PlainModel:
             rms_norm(hidden, self.read(prefix + "hnorm.weight"), eps),
         )
         joined = torch.cat(both, -1) @ self.read(prefix + "eh_proj.weight").T
-        out, chosen = self.block(prefix, joined, None, is_moe=True, overriding=shared or [])
+        out, chosen = self.block(prefix, joined, None, is_moe=True, overriding=shared)
         return rms_norm(out, self.read(prefix + "shared_head.norm.weight"), eps), chosen
 
     def block(
-        self, prefix: str, hidden: Tensor, chosen: Selection | None, *, is_moe: bool, overriding: Selection = []
+        self, prefix: str, hidden: Tensor, chosen: Selection | None, *, is_moe: bool, overriding: Selection | None = None
     ) -> tuple[Tensor, Selection]:
         eps = self.config.rms_norm_eps
         normed = rms_norm(hidden, self.read(prefix + "input_layernorm.weight"), eps)
@@ -86,7 +86,9 @@ class PlainModel:
         feed_forward = self.experts if is_moe else self.dense
         return hidden + feed_forward(prefix + "mlp.", normed), chosen
 
-    def attention(self, prefix: str, x: Tensor, chosen: Selection | None, overriding: Selection) -> tuple[Tensor, Selection]:
+    def attention(
+        self, prefix: str, x: Tensor, chosen: Selection | None, overriding: Selection | None
+    ) -> tuple[Tensor, Selection]:
         config = self.config
         length, heads = len(x), config.num_attention_heads
         positions = range(length)

@@ -1,4 +1,4 @@
-"""The model at its true widths on devices that are not here: fake tensors show that no host sync and no device literal hides in it.
+"""The model at its true widths on devices that are not here: no host sync and no device literal hides in it.
 
 `.item()` raises on a fake tensor, and so does an operation on tensors of two devices. `trace_through` makes the bodies of the
 portable implementations visible, which would be opaque ops otherwise.
@@ -64,8 +64,8 @@ _DEVICE_TYPES = 21
 
 @contextlib.contextmanager
 def device_guards() -> Iterator[None]:
-    """A PyTorch that was built without a device refuses to switch to it, even for fake tensors. Within the context the CPU's guard
-    stands in, which does nothing."""
+    """A PyTorch that was built without a device refuses to switch to it, even for fake tensors. Within the context the
+    CPU's guard stands in, which does nothing."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libc10.*"))
     if not libraries:
         pytest.skip("PyTorch's libc10 is not where it is looked for")

@@ -128,16 +128,12 @@ INVISIBLE = {
 IN_BFLOAT16 = {"indexer_prologue: head weights rounded to the working dtype"}
 """In float32 this is no mistake."""
 MORE = (
-    Mutant(
-        "mla_prologue_into_cache",
-        "rope layout of the other kind",
-        {"query_rope = rotate.reference(query_rope, cos, sin, interleaved=rope_interleaved": "query_rope = rotate.reference(query_rope, cos, sin, interleaved=not rope_interleaved"},
-    ),
-    Mutant(
-        "indexer_prologue",
-        "half-split pairs, as in DeepSeek's indexer",
-        {"key_TX = rotate.reference(key_TX.unsqueeze(1), cos, sin, interleaved=rope_interleaved": "key_TX = rotate.reference(key_TX.unsqueeze(1), cos, sin, interleaved=not rope_interleaved"},
-    ),
+    Mutant("mla_prologue_into_cache", "rope layout of the other kind", {
+        "query_rope = rotate.reference(query_rope, cos, sin, interleaved=rope_interleaved":
+        "query_rope = rotate.reference(query_rope, cos, sin, interleaved=not rope_interleaved"}),
+    Mutant("indexer_prologue", "half-split pairs, as in DeepSeek's indexer", {
+        "key_TX = rotate.reference(key_TX.unsqueeze(1), cos, sin, interleaved=rope_interleaved":
+        "key_TX = rotate.reference(key_TX.unsqueeze(1), cos, sin, interleaved=not rope_interleaved"}),
 )  # fmt: skip
 DENSE_ONLY = {"mla_project", "mla_attention_expanded", "mla_attention_absorbed"}
 IN_MODELS = [m for m in (*MUTANTS, *MORE) if m.operator not in NOT_IN_A_MODEL and m.id not in INVISIBLE]
