@@ -38,6 +38,10 @@ class CheckpointError(Glm5PortError, ValueError):
     """A checkpoint whose files or tensors are missing, unexpected, truncated or of the wrong shape or dtype."""
 
 
+class ExportError(Glm5PortError, RuntimeError):
+    """An export that cannot begin or go on: its place holds something else, cannot be written, or is full."""
+
+
 class ParityError(Glm5PortError, RuntimeError):
     """A parity record that cannot be read, or that does not belong to these cases."""
 

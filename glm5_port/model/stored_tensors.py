@@ -26,12 +26,14 @@ _GIT_LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in a file: its shape, its safetensors dtype ("BF16", "F8_E4M3", ...), the file and its bytes there."""
+    """One tensor in a file: its shape, its safetensors dtype ("BF16", "F8_E4M3", ...), the file, its bytes there, and the
+    place of the first of them, counted from the beginning of the file."""
 
     shape: tuple[int, ...]
     dtype: str
     file: str
     bytes: int
+    start: int
 
 
 @dataclass(slots=True)
@@ -96,8 +98,8 @@ def _read_index(file: Path) -> dict[str, str]:
 def _add_file(stored: StoredTensors, file: Path, placed: Mapping[str, str] | None) -> bool:
     """Adds the tensors of one file; False if its header could not be read."""
     try:
-        header, size_by_header = _read_header(file)
-        found = {name: _stored_tensor(name, entry, file.name) for name, entry in header.items() if name != "__metadata__"}
+        header, data, size_by_header = _read_header(file)
+        found = {name: _stored_tensor(name, entry, file.name, data) for name, entry in header.items() if name != "__metadata__"}
     except CheckpointError as error:
         held = sum(shard == file.name for shard in placed.values()) if placed is not None else 0
         stored.faults.append(f"{file.name}: {error}" + (f" (the index places {held:,} tensors in it)" if held else ""))
@@ -113,8 +115,8 @@ def _add_file(stored: StoredTensors, file: Path, placed: Mapping[str, str] | Non
     return True
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(name -> entry, the size in bytes that the file must have)."""
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """(name -> entry, where the data begin, the size in bytes that the file must have)."""
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
@@ -136,13 +138,14 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"not a safetensors file: unreadable header ({error!r})") from error
-    return header, 8 + length + max(ends, default=0)
+    return header, 8 + length, 8 + length + max(ends, default=0)
 
 
-def _stored_tensor(name: str, entry: Mapping[str, Any], file: str) -> StoredTensor:
+def _stored_tensor(name: str, entry: Mapping[str, Any], file: str, data: int) -> StoredTensor:
     try:
-        first, last = entry["data_offsets"]
-        tensor = StoredTensor(tuple(int(edge) for edge in entry["shape"]), str(entry["dtype"]), file, int(last) - int(first))
+        first, last = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(int(edge) for edge in entry["shape"])
+        tensor = StoredTensor(shape, str(entry["dtype"]), file, last - first, data + first)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"not a safetensors file: the header entry of {name} is unreadable ({error!r})") from error
     width = _BYTES.get(tensor.dtype)
