@@ -60,7 +60,7 @@ def measure(
     wanted = {implementation.operator.name for implementation in implementations}
     chosen = [w for w in workloads(config, prefill=prefill, context=context) if w.operator.name in wanted]
     jobs = [(w, i) for w in chosen for i in implementations if i.operator is w.operator]
-    ceilings = speed.measure_ceilings(chip.device_type, working)
+    machine = speed.Machine(chip.device_type, working)
     refusals: dict[str, str | None] = {}
     timings = []
     with progress("bench", len(jobs)) as advance:
@@ -71,7 +71,7 @@ def measure(
                 refusals[key] = None if green else why
             timings.append(
                 speed.time_workload(
-                    workload, implementation, dtype=working, device=chip.device_type, ceilings=ceilings, refused=refusals[key]
+                    workload, implementation, dtype=working, device=chip.device_type, machine=machine, refused=refusals[key]
                 ).as_dict()
             )
             advance(note=f"{workload.operator.name}: {workload.name}")
@@ -80,17 +80,24 @@ def measure(
         "dtype": str(working).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "bandwidth_bytes_per_second": ceilings.bandwidth,
-        "matmul_operations_per_second": ceilings.matmul_rate,
+        "bandwidth_bytes_per_second": _range(timings, "bandwidth"),
+        "matmul_operations_per_second": _range(timings, "matmul_rate"),
         "timings": timings,
     }
 
 
+def _range(timings: list[dict[str, Any]], ceiling: str) -> list[float]:
+    """Smallest and largest measurement of a ceiling over the run."""
+    values = [timing["ceilings"][ceiling] for timing in timings]
+    return [min(values, default=0.0), max(values, default=0.0)]
+
+
 def _print(report: dict[str, Any]) -> None:
+    read, multiply = report["bandwidth_bytes_per_second"], report["matmul_operations_per_second"]
+    print_text(f"{report['backend']}, {report['dtype']}, {report['threads']} threads, torch {report['torch']}")
     print_text(
-        f"{report['backend']}, {report['dtype']}, {report['threads']} threads, torch {report['torch']}: "
-        f"reads {report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"matmul {report['matmul_operations_per_second'] / 1e9:.0f} GFLOP/s (measured in this run)\n"
+        f"ceilings, measured beside each workload: reads {read[0] / 1e9:.0f} to {read[1] / 1e9:.0f} GB/s, "
+        f"matmul {multiply[0] / 1e9:.0f} to {multiply[1] / 1e9:.0f} GFLOP/s\n"
     )
     rows = []
     for timing in report["timings"]:

@@ -41,6 +41,7 @@ class Timing:
     Attributes:
         seconds: median of a call; None when parity is red or the implementation declines.
         floor_seconds: the larger of bytes / bandwidth and operations / matmul rate.
+        ceilings: what the machine reached just before.
         refused: why no speed is shown, or None.
     """
 
@@ -52,6 +53,7 @@ class Timing:
     operations: float
     seconds: float | None
     floor_seconds: float
+    ceilings: Ceilings
     refused: str | None
 
     @property
@@ -83,14 +85,20 @@ def median_seconds(call: Callable[[], Any], device: str, *, budget: float = 1.0,
     return statistics.median(times)
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Read bandwidth and matmul rate of this machine, with torch's own kernels and the current number of threads."""
-    values = torch.ones(128 * 2**20, dtype=torch.float32, device=device)  # 512 MiB: beyond any last-level cache
-    read = median_seconds(lambda: values.sum(), device)
-    size = 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiply = median_seconds(lambda: a @ b, device)
-    return Ceilings(bandwidth=values.numel() * 4 / read, matmul_rate=2 * size**3 / multiply)
+class Machine:
+    """Measures what this machine reaches with torch's own kernels and the current number of threads. Measured anew beside each
+    workload, because clocks and neighbours change within seconds (AMX alone runs in two speeds)."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device = device
+        self._values = torch.ones(64 * 2**20, dtype=torch.float32, device=device)  # 256 MiB: beyond any last-level cache
+        self._factors = [torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2)]
+
+    def ceilings(self) -> Ceilings:
+        a, b = self._factors
+        read = median_seconds(self._values.sum, self._device, budget=0.2)
+        multiply = median_seconds(lambda: a @ b, self._device, budget=0.2)
+        return Ceilings(bandwidth=self._values.numel() * 4 / read, matmul_rate=2 * len(a) ** 3 / multiply)
 
 
 def parity_is_green(implementation: Implementation, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
@@ -110,13 +118,14 @@ def time_workload(
     *,
     dtype: torch.dtype,
     device: str,
-    ceilings: Ceilings,
+    machine: Machine,
     refused: str | None,
 ) -> Timing:
     """Times one workload; with `refused` only the floor is worked out."""
     operator = workload.operator
     arguments = workload.build(Make(f"{operator.name}/{workload.name}", dtype))
     moved = workload.bytes(arguments)
+    ceilings = machine.ceilings()
     timing = Timing(
         operator=operator.name,
         workload=workload.name,
@@ -126,6 +135,7 @@ def time_workload(
         operations=workload.operations,
         seconds=None,
         floor_seconds=max(moved / ceilings.bandwidth, workload.operations / ceilings.matmul_rate),
+        ceilings=ceilings,
         refused=refused,
     )
     if refused is not None:

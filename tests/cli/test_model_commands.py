@@ -134,7 +134,7 @@ def small_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     from glm5_port.testing import speed
 
     monkeypatch.setattr("glm5_port.config.released", lambda name: tiny_config())
-    monkeypatch.setattr(speed, "measure_ceilings", lambda device, dtype: speed.Ceilings(bandwidth=1e10, matmul_rate=1e11))
+    monkeypatch.setattr(speed.Machine, "ceilings", lambda self: speed.Ceilings(bandwidth=1e10, matmul_rate=1e11))
     monkeypatch.setattr(speed, "median_seconds", lambda call, device: (call(), 0.5)[1])
 
 
