@@ -9,8 +9,7 @@ import typer
 
 from glm5_port.cli.output import print_json, print_table, print_text
 
-NEVER = "portable, never run on it"
-OTHER_CHIPS = "the other chips"
+NEVER = "portable, never run on them"
 
 
 def evidence(
@@ -41,18 +40,20 @@ def evidence(
 
 
 def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Operator by backend: what ran there and what came of it. Chips without a record and without kernels share one column."""
+    """Operator by backend: what ran there and what came of it. Chips without a record and without kernels share the last column."""
     from glm5_port.registry import OPERATORS
     from glm5_port.requests import search_order
 
     proven = {record["device"]["backend"]: record for record in records}
     with_kernels = {i.backend for operator in OPERATORS.values() for i in operator.implementations.values()}
-    columns = [b.name for b in search_order() if b.name in proven or b.name in with_kernels or b.name in ("cuda", "npu")]
-    rows = []
-    for name in OPERATORS:
-        cells = [_cell(name, backend, proven.get(backend)) for backend in columns]
-        rows.append([name, *cells, NEVER])
-    return ["operator", *columns, OTHER_CHIPS], rows
+    names = [backend.name for backend in search_order()]
+    columns = [name for name in names if name in proven or name in with_kernels]
+    others = [name for name in names if name not in columns]
+    rows = [
+        [name, *(_cell(name, backend, proven.get(backend)) for backend in columns), *([NEVER] if others else [])]
+        for name in OPERATORS
+    ]
+    return ["operator", *columns, *([", ".join(others)] if others else [])], rows
 
 
 def _cell(operator: str, backend: str, record: dict[str, Any] | None) -> str:
@@ -67,7 +68,7 @@ def _cell(operator: str, backend: str, record: dict[str, Any] | None) -> str:
         if shown:
             return "; ".join(shown)
     own = [i.id for i in OPERATORS[operator].implementations.values() if i.backend == backend]
-    return f"{', '.join(own)}: never run on hardware" if own else NEVER
+    return f"{', '.join(own)}: never run on hardware" if own else "portable, never run on it"
 
 
 def markdown_table(columns: list[str], rows: list[list[str]], records: list[dict[str, Any]]) -> str:
