@@ -40,7 +40,7 @@ def evidence(
 
 
 def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Operator by backend: what ran there and what came of it. Chips without a record and without kernels share the last column."""
+    """Operator by backend: what ran there and what came of it. Chips without record and kernels share the last column."""
     from glm5_port.registry import OPERATORS
     from glm5_port.requests import search_order
 
