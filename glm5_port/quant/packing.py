@@ -1,0 +1,72 @@
+"""Bit layouts of 4-bit codes.
+
+Canonical, as compressed-tensors stores it (`pack-quantized`): one int32 word holds eight codes of one output row. Bits
+4j .. 4j+3 of word m hold element 8m + j as q + 8 (offset binary). The words lie little-endian, so the same memory seen as
+bytes holds element 2n in the low half of byte n and element 2n + 1 in the high half.
+
+Words are built from bytes, which is several times faster than shifting int32; torch runs on little-endian hosts only.
+
+Shape legend: ... any leading dimensions; I elements of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm5_port.errors import InputError
+
+CODES_PER_WORD = 8
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Packs codes into the canonical layout.
+
+    Args:
+        codes: [..., I] int8, each in -8..7. Of a code outside that range only the low four bits of q + 8 are kept: it cannot
+            touch its neighbours. Nothing is checked, so that nothing waits for the device.
+
+    Returns:
+        [..., I / 8] int32.
+
+    Raises:
+        InputError: not int8, or I is not a multiple of 8.
+    """
+    if codes.dtype != torch.int8 or codes.dim() == 0 or codes.shape[-1] % CODES_PER_WORD:
+        raise InputError(
+            f"pack_int4: {tuple(codes.shape)} {codes.dtype}; takes int8 codes whose last dimension is a multiple of 8 "
+            "(eight codes make one int32 word)"
+        )
+    nibbles = (codes + 8).bitwise_and_(15).view(torch.uint8)
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).view(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The codes of canonical words: the inverse of `pack_int4`.
+
+    Args:
+        packed: [..., I / 8] int32.
+
+    Returns:
+        [..., I] int8 in -8..7.
+
+    Raises:
+        InputError: not int32.
+    """
+    halves = as_bytes(packed)
+    nibbles = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+    return nibbles.view(torch.int8) - 8
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """The same memory as [..., I / 2] uint8 (a copy when rows are strided): the layout of ONNX MatMulNBits and of CPU kernels."""
+    if packed.dtype != torch.int32:
+        raise InputError(f"packed codes are int32 words, eight codes each; got {packed.dtype}")
+    return (packed if packed.stride(-1) == 1 else packed.contiguous()).view(torch.uint8)
+
+
+def from_bytes(halves: Tensor) -> Tensor:
+    """[..., I / 2] uint8 -> the canonical [..., I / 8] int32: the inverse of `as_bytes`."""
+    if halves.dtype != torch.uint8 or halves.dim() == 0 or halves.shape[-1] % 4:
+        raise InputError(f"from_bytes: {tuple(halves.shape)} {halves.dtype}; takes uint8 whose last dimension is a multiple of 4")
+    return halves.contiguous().view(torch.int32)
