@@ -59,6 +59,8 @@ def _view(x: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
     for k in keys:
         dim = len(indices)
         if isinstance(k, Tensor):
+            if k.dim() == 0 and k.dtype != torch.bool:
+                raise RuntimeError("indexing with a 0-dimensional integer tensor reads the device (_local_scalar_dense)")
             indices.append(k)
         elif isinstance(k, slice):
             x = aten.slice.Tensor(x, dim, k.start, k.stop, 1 if k.step is None else k.step)

@@ -36,6 +36,8 @@ def test_host_syncs_and_device_literals_raise(device: str) -> None:
         x = torch.ones(3, device=device)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             x.sum().item()
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            x[torch.zeros((), dtype=torch.int64, device=device)]
         with pytest.raises(RuntimeError, match="device"):
             x + torch.ones(3)
         x[1:] = 2.0
