@@ -11,7 +11,7 @@ Rule `amax7` (the default). For each group of consecutive weights of one output 
 Groups outside the ordinary range, decided on the bit pattern of amax:
 
     amax < 2^-110 (zeros, subnormals)         s = 1, all q = 0
-    amax >= 2^127, infinity or NaN            s = NaN, all q = 0: refused by `quantize` with the tensor's name and the index
+    amax > 2^127, infinity or NaN             s = NaN, all q = 0: refused by `quantize` with the tensor's name and the index
 
 Why the bits are the same everywhere. The scale is a function of fifteen bits, computed with integers. A quotient of two
 bfloat16 numbers that is not exactly k + 1/2 is at least 2^-11 away from it (8-bit mantissas); so w * (1 / s), rounded to
@@ -52,7 +52,7 @@ RULES = {"amax7": 1, "signed8": 1, "mse": 1}
 SMALLEST_AMAX = (127 - 110) << 7
 """Bit pattern of 2^-110: groups below are all zeros."""
 LARGEST_AMAX = (127 + 127) << 7
-"""Bit pattern of 2^127: groups from here on cannot be held, because 7 * s may be infinite."""
+"""Bit pattern of 2^127: groups above cannot be held, because 7 * s may be infinite."""
 _ONE, _NAN = 127 << 7, 0x7FC0
 _SNAP = 1.5 * 2.0**11
 """Adding and subtracting this in float32 rounds to multiples of 2^-12."""
@@ -148,7 +148,7 @@ def quantize(weight: Tensor, rule: Int4Rule = AMAX7, *, name: str = "weight") ->
         name: of the tensor, for errors.
 
     Raises:
-        InputError: a width that does not fit, or a weight that is NaN, infinite or at least 2^127 (name and index are given).
+        InputError: a width that does not fit, or a weight that is NaN, infinite or above 2^127 in magnitude (name and index are given).
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = _empty_scales(weight, rule, name)
@@ -194,11 +194,11 @@ def refuse_bad_scales(scales: Tensor, weight: Tensor, rule: Int4Rule, name: str)
     *row, group = (int(i) for i in bad.nonzero()[0])
     size = groups_of(weight.shape[-1], rule.group_size)[1]
     members = weight[tuple(row)][group * size : (group + 1) * size].to(torch.bfloat16)
-    place = int((members.view(torch.int16).bitwise_and(0x7FFF) >= LARGEST_AMAX).nonzero()[0])
+    place = int((members.view(torch.int16).bitwise_and(0x7FFF) > LARGEST_AMAX).nonzero()[0])
     raise InputError(
         f"{name}: element {[*row, group * size + place]} is {members[place].item()} in bfloat16; {int(bad.sum())} of "
         f"{bad.numel()} groups hold such a value.\n"
-        "  Weights must be finite and below 2^127 in magnitude. The checkpoint or the training step that made it is broken."
+        "  Weights must be finite, and 2^127 at most in magnitude. The checkpoint or the training step that made it is broken."
     )
 
 
@@ -235,15 +235,14 @@ def _quantize_groups(w_Ng: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     else:
         bits_N = _least_squares_bits(wide_Ng, amax_N)
         low = -7
-    ordinary_N = (amax_N >= SMALLEST_AMAX) & (amax_N < LARGEST_AMAX)
-    too_small_N = amax_N < SMALLEST_AMAX
-    scales_N = torch.where(ordinary_N, bits_N, torch.where(too_small_N, _ONE, _NAN)).to(torch.int16).view(torch.bfloat16)
+    bits_N = torch.where(amax_N < SMALLEST_AMAX, _ONE, torch.where(amax_N <= LARGEST_AMAX, bits_N, _NAN))
+    scales_N = bits_N.to(torch.int16).view(torch.bfloat16)
     codes_Ng = _codes(wide_Ng, scales_N.to(torch.float32), low, clip=rule != "amax7")
-    return codes_Ng * (amax_N < LARGEST_AMAX).to(torch.int8).unsqueeze(1), scales_N
+    return codes_Ng * (amax_N <= LARGEST_AMAX).to(torch.int8).unsqueeze(1), scales_N
 
 
 def seventh_bits(amax_bits: Tensor) -> Tensor:
-    """Bit pattern of bf16(amax / 7) from that of amax, by integers alone; int32 to int32, for amax in 2^-110 .. 2^127.
+    """Bit pattern of bf16(amax / 7) from that of amax, by integers alone; int32 to int32, for amax from 2^-110 to 2^127.
 
     The mantissa m (128..255) becomes round(8 m / 7) below 224 and round(4 m / 7) from there, with the exponent three or two
     lower. A seventh is never a tie. The division by 14 is a multiplication: 4682 / 2^16 is exact enough up to 4095.
@@ -268,7 +267,7 @@ def _least_squares_bits(wide_Ng: Tensor, amax_N: Tensor) -> Tensor:
     An error w - q s is one float32 rounding of an exact difference; in units of 2^-12 of the largest scale's power of two it
     becomes an integer, and integers sum alike in any order.
     """
-    first_N = seventh_bits(amax_N.clamp(SMALLEST_AMAX, LARGEST_AMAX - 1))
+    first_N = seventh_bits(amax_N.clamp(SMALLEST_AMAX, LARGEST_AMAX))
     unit_N = ((254 << 7) - (first_N & 0x7F80) + (12 << 7)).to(torch.int16).view(torch.bfloat16).to(torch.float32)
     best_N, least_N = first_N, torch.full_like(first_N, torch.iinfo(torch.int64).max, dtype=torch.int64)
     for candidate in range(_CANDIDATES):
