@@ -8,6 +8,7 @@ in config_file.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -20,6 +21,8 @@ ARCHITECTURE = "GlmMoeDsaForCausalLM"
 DENSE, SPARSE = "dense", "sparse"
 FULL, SHARED = "full", "shared"
 INDEX_NORM_EPS = 1e-6  # the indexer's LayerNorm: 1e-6 in every implementation, never written to config.json
+PER_CHANNEL = -1
+"""INT4 group size of one scale for a whole row."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -35,6 +38,23 @@ class BlockFp8:
 
     block: tuple[int, int]
     not_converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """A checkpoint whose routed experts are INT4 (compressed-tensors `pack-quantized`, symmetric).
+
+    Attributes:
+        group_size: weights that share a scale, along the input dimension; `PER_CHANNEL` for a whole row.
+        ignore: modules that are not quantised: names, or regular expressions after "re:".
+    """
+
+    group_size: int
+    ignore: tuple[str, ...] = ()
+
+    def names(self, module: str) -> bool:
+        """Whether a linear module is stored in INT4."""
+        return not any(re.match(e[3:], module) if e.startswith("re:") else e == module for e in self.ignore)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +78,8 @@ class Glm5Config:
         index_share_for_mtp_iteration: the MTP layer computes indices once and reuses them while it drafts further tokens.
         eos_token_id: every id that ends a text; may be empty.
         dtype: the dtype that config.json names, or None.
-        quantization: how the checkpoint is quantised, or None.
+        quantization: how a block-FP8 checkpoint is quantised, or None.
+        int4: how a checkpoint with INT4 experts is quantised, or None.
         notes: what reading the file had to decide or left unread, one sentence each; `glm5-port info` shows them.
 
     Raises:
@@ -103,6 +124,7 @@ class Glm5Config:
     dtype: str | None = None
     model_type: str = MODEL_TYPE
     quantization: BlockFp8 | None = None
+    int4: PackedInt4 | None = None
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +132,7 @@ class Glm5Config:
         _check_layers(self)
         _check_experts(self)
         _check_tokens(self)
+        _check_int4(self)
 
     # --- reading and writing -----------------------------------------------------------------------------------------
 
@@ -150,6 +173,8 @@ class Glm5Config:
                 "weight_block_size": list(quantization.block),
                 "modules_to_not_convert": list(quantization.not_converted),
             }
+        if (int4 := values.pop("int4")) is not None:
+            values["quantization_config"] = _pack_quantized(int4)
         return {"architectures": [ARCHITECTURE], **values}
 
     # --- what follows from the fields --------------------------------------------------------------------------------
@@ -201,6 +226,11 @@ class Glm5Config:
     def is_moe(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts. The MTP layer always is."""
         return self._kind(layer, self.mlp_layer_types, SPARSE) == SPARSE
+
+    def has_int4_experts(self, layer: int) -> bool:
+        """Whether the routed experts of a layer are stored in INT4."""
+        module = f"model.layers.{layer}.mlp.experts.0.gate_proj"
+        return self.int4 is not None and self.is_moe(layer) and self.int4.names(module)
 
     def index_source(self, layer: int) -> int:
         """The layer whose indices `layer` attends to: itself when it owns an indexer, else the last owner below it."""
@@ -398,3 +428,29 @@ def _check_tokens(config: Glm5Config) -> None:
     for name, token in named:
         if token is not None and not (is_integer(token) and 0 <= token < config.vocab_size):
             raise ConfigError(f"{name} = {token!r}: a token id is an integer from 0 to vocab_size - 1 = {config.vocab_size - 1}")
+
+
+def _check_int4(config: Glm5Config) -> None:
+    """Only routed experts may be INT4: everything else must be named by `ignore`."""
+    if config.int4 is None:
+        return
+    layers = [*config.layers, *([] if config.mtp_layer is None else [config.mtp_layer])]
+    others = ["lm_head", *(f"model.layers.{layer}.self_attn.o_proj" for layer in layers)]
+    others += [f"model.layers.{layer}.mlp.shared_experts.down_proj" for layer in layers if config.is_moe(layer)]
+    others += [f"model.layers.{layer}.mlp.down_proj" for layer in layers if not config.is_moe(layer)]
+    if (module := next((module for module in others if config.int4.names(module)), None)) is not None:
+        raise ConfigError(
+            f"quantization_config.ignore does not name {module}, so it would be INT4: this library reads INT4 in routed experts "
+            "only"
+        )
+
+
+def _pack_quantized(int4: PackedInt4) -> dict[str, Any]:
+    size = None if int4.group_size == PER_CHANNEL else int4.group_size
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group" if size else "channel", "group_size": size}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": list(int4.ignore),
+    }

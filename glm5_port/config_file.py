@@ -20,7 +20,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from glm5_port.config import ARCHITECTURE, DENSE, FULL, MODEL_TYPE, SHARED, SPARSE, BlockFp8, is_integer
+from glm5_port.config import ARCHITECTURE, DENSE, FULL, MODEL_TYPE, SHARED, SPARSE, is_integer
+from glm5_port.config_quantization import read_quantization
 from glm5_port.errors import ConfigError, did_you_mean
 
 
@@ -175,7 +176,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "indexer_types": _indexer_types(given, layers, notes),
         "eos_token_id": _tokens(given.get("eos_token_id", ())),
         "dtype": _agreed(given, ("dtype", "torch_dtype")),
-        "quantization": _quantization(given),
+        **read_quantization(given),
     }
     _check_unknown(given, notes)
     return fields | {"notes": tuple(notes)}
@@ -343,51 +344,6 @@ def _names(given: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 def _tokens(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-_QUANTIZATION_SUPPORT = (
-    "supported: bf16, fp16 and fp32 checkpoints, and block-FP8 (quant_method 'fp8'); use the bf16 or FP8 release of the model"
-)
-# dequantize says how transformers runs the checkpoint, scale_fmt how the multipliers were rounded: the bytes mean the same.
-_FP8_KEYS = (
-    "quant_method",
-    "fmt",
-    "activation_scheme",
-    "expert_dtype",
-    "weight_block_size",
-    "modules_to_not_convert",
-    "dequantize",
-    "scale_fmt",
-)
-
-
-def _quantization(given: Mapping[str, Any]) -> BlockFp8 | None:
-    if "compression_config" in given:
-        raise ConfigError(f"compression_config is not supported\n  {_QUANTIZATION_SUPPORT}")
-    if "quantization_config" not in given:
-        return None
-    raw = given["quantization_config"]
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"quantization_config = {raw!r}: it must be an object")
-    method = raw.get("quant_method")
-    if method != "fp8":
-        raise ConfigError(f"quantization_config.quant_method = {method!r} is not supported\n  {_QUANTIZATION_SUPPORT}")
-    for name, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
-        if raw.get(name, only) != only:
-            raise ConfigError(f"quantization_config.{name} = {raw[name]!r} is not supported: block-FP8 has {name} = {only!r}")
-    block = raw.get("weight_block_size")
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(is_integer(edge) and edge > 0 for edge in block):
-        raise ConfigError(f"quantization_config.weight_block_size = {block!r}: it must be two positive integers ([128, 128])")
-    unknown = sorted(key for key, value in raw.items() if value is not None and key not in _FP8_KEYS)
-    if unknown:
-        raise ConfigError(
-            f"quantization_config.{unknown[0]} = {raw[unknown[0]]!r} is not known; known are {', '.join(_FP8_KEYS)}"
-        )
-    kept = raw.get("modules_to_not_convert", ()) or ()
-    if not isinstance(kept, list | tuple):
-        raise ConfigError(f"quantization_config.modules_to_not_convert = {kept!r}: it must be a list of module names")
-    # The releases name `self_attn.indexers_proj`, which is no module; they mean the indexer's weights_proj, stored in bf16.
-    return BlockFp8((block[0], block[1]), tuple(str(name).replace("indexers_proj", "indexer.weights_proj") for name in kept))
 
 
 def _check_unknown(given: Mapping[str, Any], notes: list[str]) -> None:

@@ -111,6 +111,7 @@ def _checkpoint(path: Path) -> dict[str, Any] | None:
             "bytes": sizes.total(),
             "bytes_by_dtype": dict(sizes.most_common()),
             "block_fp8": None if quantization is None else list(quantization.block),
+            "int4_group_size": None if checkpoint.config.int4 is None else checkpoint.config.int4.group_size,
             "mtp_present": checkpoint.has_mtp,
             "stop_ids": list(checkpoint.stop_ids or checkpoint.config.eos_token_id),
             "problems": problems,

@@ -5,6 +5,7 @@ Parameters are counted as everybody does: correction biases are buffers, not par
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ import torch
 from glm5_port.config import Glm5Config
 from glm5_port.model.block_fp8 import scale_shape
 from glm5_port.model.checkpoint_check import kept_in_float
-from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, mtp_tensors
+from glm5_port.model.tensors import (
+    FLOAT32,
+    INT4_CODES,
+    INT4_SCALES,
+    INT4_SHAPE,
+    PROJECTION,
+    TensorSpec,
+    expected_tensors,
+    mtp_tensors,
+)
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
 
 CORRECTION_BIASES = "correction biases"
@@ -47,7 +57,8 @@ class Parameters:
 
 
 def count_parameters(config: Glm5Config) -> Parameters:
-    """Parameters by component."""
+    """Parameters by component: of the model, whatever its checkpoint packs them into."""
+    config = dataclasses.replace(config, int4=None)
     components: dict[str, int] = {}
     for spec in expected_tensors(config, mtp=False).values():
         components[spec.component] = components.get(spec.component, 0) + math.prod(spec.shape)
@@ -184,8 +195,12 @@ def memory_need(
     return Memory(weights=weight_bytes(config, dtype, mtp), cache=tokens * per_token)
 
 
+_WIDTHS = {FLOAT32: 4, INT4_CODES: 4, INT4_SCALES: 2, INT4_SHAPE: 4}
+"""Bytes of an element where the kind decides; everything else is as wide as the dtype."""
+
+
 def _float_bytes(spec: TensorSpec, width: int) -> int:
-    return math.prod(spec.shape) * (4 if spec.kind == FLOAT32 else width)
+    return math.prod(spec.shape) * _WIDTHS.get(spec.kind, width)
 
 
 def _mtp_only(config: Glm5Config) -> Iterable[TensorSpec]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glm5_port.config import Glm5Config
+from glm5_port.config import PER_CHANNEL, Glm5Config, PackedInt4
 from glm5_port.errors import ConfigError
 
 PROJECTION = "projection"
 FLOAT = "float"
 FLOAT32 = "float32"
+INT4_CODES = "int4 codes"
+INT4_SCALES = "int4 scales"
+INT4_SHAPE = "int4 shape"
+CODES_PER_WORD = 8
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -28,7 +32,8 @@ class TensorSpec:
     Attributes:
         shape: its shape.
         kind: what may be stored: "projection" (bf16, fp16, fp32, or block-FP8 with multipliers), "float" (bf16, fp16, fp32;
-            never quantised by the block-FP8 scheme) or "float32" (exactly that).
+            never quantised by the block-FP8 scheme), "float32" (exactly that), or a part of an INT4 weight in the canonical
+            packing: "int4 codes" (int32, eight codes a word), "int4 scales" (bf16), "int4 shape" (two integers).
         component: the part of the model it belongs to, for counts ("attention", "routed experts", ...).
     """
 
@@ -87,7 +92,7 @@ def _decoder_layer(config: Glm5Config, layer: int) -> Iterator[tuple[str, Tensor
     if config.owns_indexer(layer):
         yield from _indexer(config, prefix + "self_attn.indexer.")
     if config.is_moe(layer):
-        yield from _experts(config, prefix + "mlp.")
+        yield from _experts(config, layer)
     else:
         yield from _mlp(prefix + "mlp.", dim, config.intermediate_size, "dense MLP")
 
@@ -118,13 +123,14 @@ def _indexer(config: Glm5Config, prefix: str) -> Iterator[tuple[str, TensorSpec]
     yield f"{prefix}weights_proj.weight", TensorSpec((heads, config.hidden_size), FLOAT, "indexers")
 
 
-def _experts(config: Glm5Config, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
-    dim, experts = config.hidden_size, config.n_routed_experts
+def _experts(config: Glm5Config, layer: int) -> Iterator[tuple[str, TensorSpec]]:
+    prefix, dim, experts = layer_prefix(layer) + "mlp.", config.hidden_size, config.n_routed_experts
     yield f"{prefix}gate.weight", TensorSpec((experts, dim), FLOAT, "routers")
     # float32 always: bf16 has too few digits for a bias that decides between nearly equal experts.
     yield f"{prefix}gate.e_score_correction_bias", TensorSpec((experts,), FLOAT32, "correction biases")
     for expert in range(experts):
-        yield from _mlp(f"{prefix}experts.{expert}.", dim, config.moe_intermediate_size, "routed experts")
+        mlp = _mlp(f"{prefix}experts.{expert}.", dim, config.moe_intermediate_size, "routed experts")
+        yield from _packed(mlp, config.int4) if config.int4 is not None and config.has_int4_experts(layer) else mlp
     yield from _mlp(f"{prefix}shared_experts.", dim, config.shared_intermediate_size, "shared experts")
 
 
@@ -132,3 +138,13 @@ def _mlp(prefix: str, dim: int, inner: int, component: str) -> Iterator[tuple[st
     yield f"{prefix}gate_proj.weight", TensorSpec((inner, dim), PROJECTION, component)
     yield f"{prefix}up_proj.weight", TensorSpec((inner, dim), PROJECTION, component)
     yield f"{prefix}down_proj.weight", TensorSpec((dim, inner), PROJECTION, component)
+
+
+def _packed(matrices: Iterator[tuple[str, TensorSpec]], int4: PackedInt4) -> Iterator[tuple[str, TensorSpec]]:
+    """The three tensors that stand for each INT4 matrix."""
+    for name, spec in matrices:
+        rows, columns = spec.shape
+        groups = 1 if int4.group_size == PER_CHANNEL else columns // int4.group_size
+        yield f"{name}_packed", TensorSpec((rows, columns // CODES_PER_WORD), INT4_CODES, spec.component)
+        yield f"{name}_scale", TensorSpec((rows, groups), INT4_SCALES, spec.component)
+        yield f"{name}_shape", TensorSpec((2,), INT4_SHAPE, spec.component)

@@ -1,0 +1,105 @@
+"""How a checkpoint is quantised, read from the quantization_config of its config.json: block-FP8, or INT4 experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from glm5_port.config import PER_CHANNEL, BlockFp8, PackedInt4, is_integer
+from glm5_port.errors import ConfigError
+
+_SUPPORT = (
+    "supported: bf16, fp16 and fp32 checkpoints, block-FP8 (quant_method 'fp8'), and routed experts in INT4 (quant_method "
+    "'compressed-tensors', format 'pack-quantized', symmetric); use such a release of the model, or glm5-port export"
+)
+# dequantize says how transformers runs the checkpoint, scale_fmt how the multipliers were rounded: the bytes mean the same.
+_FP8_KEYS = (
+    "quant_method",
+    "fmt",
+    "activation_scheme",
+    "expert_dtype",
+    "weight_block_size",
+    "modules_to_not_convert",
+    "dequantize",
+    "scale_fmt",
+)
+_INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
+"""What the weights of the one config group must say."""
+
+
+def read_quantization(given: Mapping[str, Any]) -> dict[str, BlockFp8 | PackedInt4 | None]:
+    """The fields `quantization` and `int4` of a Glm5Config.
+
+    Raises:
+        ConfigError: a scheme that this library does not read; names the field.
+    """
+    if "compression_config" in given:
+        raise ConfigError(f"compression_config is not supported\n  {_SUPPORT}")
+    if "quantization_config" not in given:
+        return {"quantization": None, "int4": None}
+    raw = given["quantization_config"]
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"quantization_config = {raw!r}: it must be an object")
+    method = raw.get("quant_method")
+    if method == "fp8":
+        return {"quantization": _block_fp8(raw), "int4": None}
+    if method == "compressed-tensors":
+        return {"quantization": None, "int4": _packed_int4(raw)}
+    raise ConfigError(f"quantization_config.quant_method = {method!r} is not supported\n  {_SUPPORT}")
+
+
+def _block_fp8(raw: Mapping[str, Any]) -> BlockFp8:
+    for name, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
+        if raw.get(name, only) != only:
+            raise ConfigError(f"quantization_config.{name} = {raw[name]!r} is not supported: block-FP8 has {name} = {only!r}")
+    block = raw.get("weight_block_size")
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(is_integer(edge) and edge > 0 for edge in block):
+        raise ConfigError(f"quantization_config.weight_block_size = {block!r}: it must be two positive integers ([128, 128])")
+    unknown = sorted(key for key, value in raw.items() if value is not None and key not in _FP8_KEYS)
+    if unknown:
+        raise ConfigError(
+            f"quantization_config.{unknown[0]} = {raw[unknown[0]]!r} is not known; known are {', '.join(_FP8_KEYS)}"
+        )
+    kept = raw.get("modules_to_not_convert", ()) or ()
+    if not isinstance(kept, list | tuple):
+        raise ConfigError(f"quantization_config.modules_to_not_convert = {kept!r}: it must be a list of module names")
+    # The releases name `self_attn.indexers_proj`, which is no module; they mean the indexer's weights_proj, stored in bf16.
+    return BlockFp8((block[0], block[1]), tuple(str(name).replace("indexers_proj", "indexer.weights_proj") for name in kept))
+
+
+def _packed_int4(raw: Mapping[str, Any]) -> PackedInt4:
+    _expect(raw, "format", "pack-quantized")
+    groups = raw.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        raise ConfigError(f"quantization_config.config_groups = {groups!r}: it must hold exactly one group\n  {_SUPPORT}")
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or group.get("input_activations") is not None:
+        raise ConfigError(f"quantization_config.config_groups: expected weights only, got {group!r}\n  {_SUPPORT}")
+    for name, only in _INT4_WEIGHTS.items():
+        if weights.get(name, only) != only:
+            raise ConfigError(
+                f"quantization_config weights.{name} = {weights[name]!r} is not supported: {only!r} is\n  {_SUPPORT}"
+            )
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    size = PER_CHANNEL if strategy == "channel" else size if strategy == "group" else None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1 and size != PER_CHANNEL:
+        raise ConfigError(
+            f"quantization_config weights.strategy = {strategy!r} with group_size = {weights.get('group_size')!r}: supported are "
+            "'group' with a positive group_size, and 'channel'"
+        )
+    ignore = raw.get("ignore", ()) or ()
+    if not isinstance(ignore, list | tuple) or not all(isinstance(entry, str) for entry in ignore):
+        raise ConfigError(f"quantization_config.ignore = {ignore!r}: it must be a list of names and 're:' patterns")
+    for entry in ignore:
+        try:
+            re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            raise ConfigError(f"quantization_config.ignore: {entry!r} is no regular expression ({error})") from error
+    return PackedInt4(size, tuple(ignore))
+
+
+def _expect(raw: Mapping[str, Any], name: str, only: object) -> None:
+    if raw.get(name) != only:
+        raise ConfigError(f"quantization_config.{name} = {raw.get(name)!r} is not supported: {only!r} is\n  {_SUPPORT}")
