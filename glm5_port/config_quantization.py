@@ -84,7 +84,7 @@ def _packed_int4(raw: Mapping[str, Any]) -> PackedInt4:
             )
     strategy, size = weights.get("strategy"), weights.get("group_size")
     size = PER_CHANNEL if strategy == "channel" else size if strategy == "group" else None
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1 and size != PER_CHANNEL:
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != PER_CHANNEL):
         raise ConfigError(
             f"quantization_config weights.strategy = {strategy!r} with group_size = {weights.get('group_size')!r}: supported are "
             "'group' with a positive group_size, and 'channel'"
