@@ -1,0 +1,128 @@
+"""What a checkpoint holds, for a person: bf16, block-FP8 or INT4."""
+
+from __future__ import annotations
+
+from collections import Counter
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_port.config import Glm5Config
+from glm5_port.config_file import read_json
+from glm5_port.errors import CheckpointError, did_you_mean
+from glm5_port.model.block_fp8 import SCALE_SUFFIX
+from glm5_port.model.stored_tensors import StoredTensors, read_directory
+from glm5_port.model.tensors import expected_tensors, layer_prefix
+from glm5_port.quant.config_text import KEY
+from glm5_port.quant.files import Reader
+from glm5_port.quant.formats import find_format
+from glm5_port.quant.manifest import read_manifest
+
+OTHER = "not known here"
+
+
+def inspect_checkpoint(path: str | PathLike[str], tensor: str | None = None) -> dict[str, Any]:
+    """What `inspect --json` prints. Reads headers, and the one tensor.
+
+    Args:
+        path: directory of a checkpoint.
+        tensor: name of a tensor, or of a quantised weight ("....weight"), to summarise.
+
+    Raises:
+        ConfigError, CheckpointError: not a checkpoint, or no such tensor.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory\n  expected: the directory of a checkpoint")
+    raw = read_json(directory)
+    config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
+    stored, manifest, block = read_directory(directory), read_manifest(directory), raw.get(KEY) or {}
+    weights = find_format("compressed-tensors").weights(stored.tensors)
+    found: dict[str, Any] = {
+        "path": str(directory),
+        "family": config.family_member,
+        "format": _format(block, bool(weights)),
+        "group_size": _group(block),
+        "rule": None if manifest is None else manifest.get("rule"),
+        "made_by": None if manifest is None else manifest.get("tool"),
+        "files": len(stored.files),
+        "tensors": len(stored.tensors),
+        "bytes": sum(entry.bytes for entry in stored.tensors.values()),
+        "quantized_weights": len(weights),
+        "components": _components(config, stored, set(weights)),
+        "ignore": list(block.get("ignore") or block.get("modules_to_not_convert") or []),
+        "problems": list(stored.faults),
+    }
+    return found if tensor is None else found | {"tensor": _tensor(directory, stored, weights, tensor)}
+
+
+def _format(block: dict[str, Any], has_weights: bool) -> str:
+    method = block.get("quant_method")
+    if method is None:
+        return "INT4 tensors without a quantization_config" if has_weights else "not quantised"
+    return f"{method}{' ' + str(block['format']) if 'format' in block else ''}"
+
+
+def _group(block: dict[str, Any]) -> Any:
+    try:
+        (group,) = block["config_groups"].values()
+        return group["weights"]["group_size"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return block.get("weight_block_size")
+
+
+def _components(config: Glm5Config, stored: StoredTensors, weights: set[str]) -> list[dict[str, Any]]:
+    """Tensors and bytes of each part of the model and storage."""
+    specs = expected_tensors(config, mtp=config.mtp_layer is not None)
+    mtp = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, entry in stored.tensors.items():
+        base = (
+            name[: name.rindex("_")] if "_" in name and name[: name.rindex("_")] in weights else name.removesuffix(SCALE_SUFFIX)
+        )
+        part = specs[base].component if base in specs else OTHER
+        if mtp is not None and name.startswith(mtp):
+            part += " (MTP layer)"
+        key = (part, "INT4" if base in weights else entry.dtype)
+        counts[key] += base == name or name.endswith(("_packed", SCALE_SUFFIX))
+        sizes[key] += entry.bytes
+    return [{"component": p, "stored": s, "weights": counts[p, s], "bytes": sizes[p, s]} for p, s in sizes]
+
+
+def _tensor(directory: Path, stored: StoredTensors, weights: list[str], name: str) -> dict[str, Any]:
+    output_format = find_format("compressed-tensors")
+    with Reader(directory) as reader:
+        if name in weights:
+            parts = {key: entry for key, entry in stored.tensors.items() if key.startswith(name + "_")}
+            codes, scales = output_format.decode({key: reader.whole(entry) for key, entry in parts.items()}, name)
+            histogram = torch.bincount(codes.flatten().to(torch.int64) + 8, minlength=16)
+            return {
+                "name": name,
+                "shape": list(codes.shape),
+                "group_size": codes.shape[1] // scales.shape[1],
+                "file": parts[next(iter(parts))].file,
+                "codes": {str(code - 8): int(count) for code, count in enumerate(histogram)},
+                "scales": _summary(scales),
+                "first_codes": codes[0, :16].tolist(),
+            }
+        if name not in stored.tensors:
+            known = [*weights, *stored.tensors]
+            raise CheckpointError(f"{directory} holds no tensor {name}{did_you_mean(name, known)}")
+        entry = stored.tensors[name]
+        values = _summary(reader.whole(entry))
+        return {"name": name, "shape": list(entry.shape), "dtype": entry.dtype, "file": entry.file, "values": values}
+
+
+def _summary(tensor: Tensor) -> dict[str, float]:
+    wide = tensor.to(torch.float64).flatten()
+    return {
+        "smallest": float(wide.min()),
+        "largest": float(wide.max()),
+        "mean": float(wide.mean()),
+        "not_finite": int((~wide.isfinite()).sum()),
+        "zeros": int((wide == 0).sum()),
+    }

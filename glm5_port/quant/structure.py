@@ -1,0 +1,168 @@
+"""What an INT4 checkpoint is made of: which weights are quantised, and whether names, shapes, dtypes and config.json agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from glm5_port.config import Glm5Config
+from glm5_port.errors import InputError
+from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors
+from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
+from glm5_port.quant.files import Reader
+from glm5_port.quant.formats import Format, find_format
+from glm5_port.quant.formats.compressed_tensors import ignores
+from glm5_port.quant.int4 import Int4Rule
+
+
+@dataclass(slots=True)
+class Structure:
+    """The quantised weights of a checkpoint.
+
+    Attributes:
+        format: they are stored in.
+        rule: they are said to follow.
+        weights: quantised weight -> its stored tensors by name. Only weights that are whole.
+        mtp_quantized: whether the MTP layer has quantised weights.
+        shapes: weight -> [out, in] as the model expects it.
+        problems: what does not fit, one sentence each.
+    """
+
+    format: Format
+    rule: Int4Rule
+    weights: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    mtp_quantized: bool = False
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def check_constants(self, name: str, reader: Reader) -> list[str]:
+        """Compares the tensors that do not depend on the values, such as the stored shape."""
+        problems = []
+        for key, constant in self.format.constants(name, self.shapes[name]).items():
+            stored = reader.whole(self.weights[name][key])
+            if not torch.equal(stored.to(torch.int64), constant.to(torch.int64)):
+                problems.append(f"{key} is {stored.tolist()}; expected {constant.tolist()}")
+        return problems
+
+
+def read_structure(
+    config: Glm5Config, block: Any, stored: StoredTensors, rule: Int4Rule, *, mtp_absent: bool = False
+) -> Structure:
+    """Finds the quantised weights and compares everything with what the model needs.
+
+    Args:
+        config: of the model, without its quantisation.
+        block: quantization_config of config.json; None if there is none.
+        stored: headers of the files.
+        rule: tells the group size.
+        mtp_absent: the source had no MTP layer, so none is missing.
+    """
+    structure = Structure(find_format("compressed-tensors"), rule)
+    expected = expected_tensors(config, mtp=config.mtp_layer is not None)
+    prefix = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
+    if prefix is not None and not any(name.startswith(prefix) for name in (*stored.tensors, *stored.unreadable)):
+        if not mtp_absent:
+            structure.problems.append(f"the MTP layer is missing: config.json announces it, and no tensor {prefix}* is stored")
+        expected = {name: spec for name, spec in expected.items() if not name.startswith(prefix)}
+    quantized = set(structure.format.weights({**stored.tensors, **dict.fromkeys(stored.unreadable)}))
+    for name in sorted(quantized - set(expected)):
+        structure.problems.append(f"{name} is quantised and is no weight of this model")
+    for name, spec in expected.items():
+        if name in quantized:
+            _add_weight(structure, name, spec, stored)
+        else:
+            _check_plain(structure, name, spec, stored)
+    structure.mtp_quantized = prefix is not None and any(name.startswith(prefix) for name in structure.weights)
+    _check_config(structure, block, expected, quantized, config)
+    return structure
+
+
+def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:
+    """Checks the tensors of one quantised weight."""
+    if name in stored.tensors:
+        structure.problems.append(f"{name} is stored both quantised and as it was")
+    if spec.kind != PROJECTION:
+        structure.problems.append(f"{name} is quantised; {spec.component} must not be")
+        return
+    try:
+        outputs = structure.format.tensors(name, spec.shape, structure.rule)
+    except InputError as error:
+        structure.problems.append(str(error).splitlines()[0])
+        return
+    whole = True
+    for output in outputs:
+        tensor = stored.tensors.get(output.name)
+        if tensor is None:
+            whole = False
+            if output.name not in stored.unreadable:
+                structure.problems.append(f"{output.name} is missing")
+        elif tensor.shape != output.shape:
+            whole = False
+            wanted, group = list(output.shape), structure.rule.group_size
+            structure.problems.append(
+                f"{output.name} is {list(tensor.shape)}; a weight {list(spec.shape)} in groups of {group} has {wanted}"
+            )
+        elif tensor.dtype != output.dtype and not (output.dtype == "I32" and tensor.dtype == "I64"):
+            whole = False
+            structure.problems.append(f"{output.name} is stored as {tensor.dtype}; expected {output.dtype}")
+    if whole:
+        structure.weights[name] = {output.name: stored.tensors[output.name] for output in outputs}
+        structure.shapes[name] = spec.shape
+
+
+def _check_plain(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:
+    """Checks a tensor that is not quantised."""
+    tensor = stored.tensors.get(name)
+    if tensor is None:
+        if name not in stored.unreadable:
+            structure.problems.append(f"{name} is missing")
+    elif tensor.shape != spec.shape:
+        structure.problems.append(f"{name} is {list(tensor.shape)}; expected {list(spec.shape)}")
+    elif tensor.dtype not in (("F32",) if spec.kind == FLOAT32 else FLOATS):
+        structure.problems.append(f"{name} is stored as {tensor.dtype}; expected {'F32' if spec.kind == FLOAT32 else 'BF16'}")
+
+
+def _check_config(
+    structure: Structure, block: Any, expected: Mapping[str, TensorSpec], quantized: set[str], config: Glm5Config
+) -> None:
+    """quantization_config must say what the tensors are, or loaders take them for something else."""
+    if not isinstance(block, dict):
+        structure.problems.append("config.json has no quantization_config: loaders would look for weights that are not quantised")
+        return
+    wanted = structure.format.config(structure.rule, [], [], config.mtp_layer)
+    for key, value in wanted.items():
+        if key not in ("ignore", "config_groups") and value is not None and block.get(key) != value:
+            structure.problems.append(f"config.json: quantization_config.{key} = {block.get(key)!r}; expected {value!r}")
+    try:
+        (group,) = block["config_groups"].values()
+        weights, targets = group["weights"], group["targets"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        structure.problems.append("config.json: quantization_config.config_groups must hold one group with weights and targets")
+        return
+    if targets != ["Linear"]:
+        structure.problems.append(f"config.json: targets = {targets!r}; expected ['Linear']")
+    for key in ("num_bits", "type", "symmetric", "strategy", "group_size"):
+        value = wanted["config_groups"]["group_0"]["weights"][key]
+        if weights.get(key) != value:
+            structure.problems.append(f"config.json: weights.{key} = {weights.get(key)!r}; the tensors have {value!r}")
+    _check_ignored(structure, block.get("ignore"), expected, quantized)
+
+
+def _check_ignored(structure: Structure, ignored: Any, expected: Mapping[str, TensorSpec], quantized: set[str]) -> None:
+    """`ignore` must name every matrix that is not quantised, and none that is."""
+    entries = [str(entry) for entry in ignored] if isinstance(ignored, list) else []
+    both, neither = [], []
+    for name, spec in expected.items():
+        module = name.removesuffix(".weight")
+        if len(spec.shape) == 2 and spec.component != "embedding" and module != name:
+            named = any(ignores(entry, module) for entry in entries)
+            if named and name in quantized:
+                both.append(module)
+            elif not named and name not in quantized:
+                neither.append(module)
+    for modules, text in ((both, "names modules that are quantised"), (neither, "does not name modules that are not quantised")):
+        if modules:
+            structure.problems.append(f"config.json: ignore {text} ({len(modules):,}), for example {modules[0]}")
