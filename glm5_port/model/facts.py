@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glm5_port.config import Glm5Config
+from glm5_port.quant.int4 import AMAX7
 
 
 def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> dict[str, dict[str, Any]]:
@@ -38,6 +39,8 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
         "cache_format": cache_format,
     }
     experts = {**width, "experts": config.n_routed_experts, "top_k": config.num_experts_per_tok}
+    int4 = {"group_size": AMAX7.group_size}
+    int4_experts = {**experts, **int4, "width_between": config.moe_intermediate_size}
     return {
         "rms_norm": width,
         "add_rms_norm": width,
@@ -80,4 +83,10 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
             "renormalise": config.norm_topk_prob,
         },
         "expert_mlp": {**experts, "width_between": config.moe_intermediate_size},
+        "int4_quantize": {**width, **int4, "rule": AMAX7.name},
+        "int4_dequantize": {**width, **int4},
+        "int4_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size, **int4},
+        "int8_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size},
+        "expert_mlp_int4": int4_experts,
+        "expert_mlp_int4_w4a8": int4_experts,
     }

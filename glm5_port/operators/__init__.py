@@ -3,6 +3,7 @@
 norm              rms_norm, add_rms_norm
 linear            linear, gated_mlp
 moe               route_experts, expert_mlp
+int4              int4_quantize, int4_dequantize, int4_matmul, int8_matmul, expert_mlp_int4, expert_mlp_int4_w4a8
 rope              rotate, and the plain function rotary_angles
 indexer           indexer_prologue, indexer_scores, select_top_k, lightning_indexer
 cache             write_cache, CacheLayout; the built-in layouts are in cache_layouts
@@ -14,6 +15,14 @@ sparse_attention  sparse_mla_attention
 from glm5_port.operators import cache_layouts as cache_layouts
 from glm5_port.operators.cache import write_cache
 from glm5_port.operators.indexer import indexer_prologue, indexer_scores, lightning_indexer, select_top_k
+from glm5_port.operators.int4 import (
+    expert_mlp_int4,
+    expert_mlp_int4_w4a8,
+    int4_dequantize,
+    int4_matmul,
+    int4_quantize,
+    int8_matmul,
+)
 from glm5_port.operators.linear import gated_mlp, linear
 from glm5_port.operators.mla import (
     attention_output,
@@ -32,9 +41,15 @@ __all__ = [
     "add_rms_norm",
     "attention_output",
     "expert_mlp",
+    "expert_mlp_int4",
+    "expert_mlp_int4_w4a8",
     "gated_mlp",
     "indexer_prologue",
     "indexer_scores",
+    "int4_dequantize",
+    "int4_matmul",
+    "int4_quantize",
+    "int8_matmul",
     "lightning_indexer",
     "linear",
     "mla_attention_absorbed",

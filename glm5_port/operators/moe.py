@@ -5,6 +5,8 @@ Shape legend: T tokens; D hidden size; F intermediate size of one expert; E expe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,22 @@ def route_experts(
     return weights_Tk * scale, ids_Tk.to(torch.int32)
 
 
+def mix_experts(hidden: Tensor, route_weights: Tensor, ids: Tensor, experts: int, result_of: Callable[[int], Tensor]) -> Tensor:
+    """The references' sum over a token's choices: every expert's results of all tokens, [T, D], weighed and summed in routing
+    order. Ids outside 0 .. experts - 1 contribute nothing."""
+    wide = accumulation_dtype(hidden)
+    terms_TkD = torch.zeros((*ids.shape, hidden.shape[1]), dtype=wide, device=hidden.device)
+    for expert in range(experts):  # every expert sees every token: nothing to group, and no host sync
+        result_TD = result_of(expert).to(wide)
+        chosen_Tk = ids == expert
+        weights_Tk = torch.where(chosen_Tk, route_weights, 0.0).to(wide)  # before the product: what is not read may be NaN
+        terms_TkD = torch.where(chosen_Tk.unsqueeze(2), result_TD.unsqueeze(1) * weights_Tk.unsqueeze(2), terms_TkD)
+    total_TD = torch.zeros_like(hidden, dtype=wide)
+    for term_TD in terms_TkD.unbind(1):  # in routing order: a floating-point sum depends on it
+        total_TD = total_TD + term_TD
+    return total_TD.to(hidden.dtype)
+
+
 @operator(
     facts={
         "width": lambda gate_up, **_: gate_up.shape[2],
@@ -155,14 +173,4 @@ def expert_mlp(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tens
 
     Source: GLM-5 `GlmMoeDsaNaiveMoe`; combined in float32 as in the grouped form of transformers and DeepSeek's reference.
     """
-    wide = accumulation_dtype(hidden)
-    terms_TkD = torch.zeros((*ids.shape, hidden.shape[1]), dtype=wide, device=hidden.device)
-    for expert in range(gate_up.shape[0]):  # every expert sees every token: nothing to group, and no host sync
-        result_TD = gated_mlp.reference(hidden, gate_up[expert], down[expert]).to(wide)
-        chosen_Tk = ids == expert
-        weights_Tk = torch.where(chosen_Tk, route_weights, 0.0).to(wide)  # before the product: what is not read may be NaN
-        terms_TkD = torch.where(chosen_Tk.unsqueeze(2), result_TD.unsqueeze(1) * weights_Tk.unsqueeze(2), terms_TkD)
-    total_TD = torch.zeros_like(hidden, dtype=wide)
-    for term_TD in terms_TkD.unbind(1):  # in routing order: a floating-point sum depends on it
-        total_TD = total_TD + term_TD
-    return total_TD.to(hidden.dtype)
+    return mix_experts(hidden, route_weights, ids, gate_up.shape[0], lambda e: gated_mlp.reference(hidden, gate_up[e], down[e]))

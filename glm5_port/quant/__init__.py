@@ -1,6 +1,6 @@
 """INT4: the quantiser that training, export and operators share, and how its codes are packed.
 
-int4      rules, quantize, quantize_packed, dequantize: one definition, the same bits on every device
+int4      rules, quantize and dequantize, packed or not: one definition, the same bits on every device
 packing   bit layouts of 4-bit codes; canonical is that of compressed-tensors `pack-quantized`
 """
 
@@ -11,6 +11,7 @@ from glm5_port.quant.int4 import (
     Int4Rule,
     Int4Tensor,
     dequantize,
+    dequantize_packed,
     groups_of,
     quantize,
     quantize_packed,
@@ -25,6 +26,7 @@ __all__ = [
     "Int4Tensor",
     "as_bytes",
     "dequantize",
+    "dequantize_packed",
     "from_bytes",
     "groups_of",
     "pack_int4",

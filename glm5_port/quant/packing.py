@@ -62,11 +62,17 @@ def as_bytes(packed: Tensor) -> Tensor:
     """The same memory as [..., I / 2] uint8 (a copy when rows are strided): the layout of ONNX MatMulNBits and of CPU kernels."""
     if packed.dtype != torch.int32:
         raise InputError(f"packed codes are int32 words, eight codes each; got {packed.dtype}")
-    return (packed if packed.stride(-1) == 1 else packed.contiguous()).view(torch.uint8)
+    return _dense(packed).view(torch.uint8)
 
 
 def from_bytes(halves: Tensor) -> Tensor:
     """[..., I / 2] uint8 -> the canonical [..., I / 8] int32: the inverse of `as_bytes`."""
     if halves.dtype != torch.uint8 or halves.dim() == 0 or halves.shape[-1] % 4:
         raise InputError(f"from_bytes: {tuple(halves.shape)} {halves.dtype}; takes uint8 whose last dimension is a multiple of 4")
-    return halves.contiguous().view(torch.int32)
+    return _dense(halves).view(torch.int32)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """`tensor`, copied unless its rows lie end to end; `contiguous` would leave the strides of an empty one alone."""
+    whole = tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -49,6 +49,7 @@ def test_a_code_out_of_range_stays_out_of_its_neighbours():
 def test_no_rows():
     assert pack_int4(torch.zeros(0, 64, dtype=torch.int8)).shape == (0, 8)
     assert unpack_int4(torch.zeros(0, 8, dtype=torch.int32)).shape == (0, 64)
+    assert unpack_int4(torch.zeros(0, 16, dtype=torch.int32)[:, ::2]).shape == (0, 64)
 
 
 @pytest.mark.parametrize(

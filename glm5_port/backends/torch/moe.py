@@ -126,22 +126,27 @@ def expert_mlp_grouped_mm(hidden: Tensor, route_weights: Tensor, ids: Tensor, ga
     return combine(results_RD, groups.place_Tk, groups.experts_Tk < experts, route_weights, hidden.dtype)
 
 
-def _compute_blocks(hidden: Tensor, tokens_CB: Tensor, experts_C: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    between_CBF = silu_and_multiply(hidden[tokens_CB] @ gate_up[experts_C].transpose(1, 2))
-    return between_CBF @ down[experts_C].transpose(1, 2)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The routed rows cut into blocks of one expert each.
 
-
-@expert_mlp.implement(PORTABLE, variant="eager", differentiable=True, promises=("deterministic",))
-def expert_mlp_eager(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Blocks of ceil(R / E) rows, so that at most 2 E blocks cover any routing: their number must be known without asking
-    the device. The price is a copy of an expert for each block, and blocks that are computed and not used.
-
-    Memory: up to 2 R rows of D elements for the results (and as many for joining them), and WORKSPACE_BYTES (one block at
-    least) for copies of experts. Training computes blocks again in the backward pass instead of keeping the copies, and each
-    run of blocks makes one gradient of all experts before it is summed. The block size depends on T, so a token's result may
-    differ by rounding between batches.
+    Attributes:
+        tokens_SB: the token of each row. Rows beyond an expert's own hold any token: they are computed and not used.
+        experts_S: the expert of each block.
+        place_Tk: the row of each choice in the blocks laid end to end; 0 where the choice is not used.
+        used_Tk: whether a choice's id is in range.
     """
-    experts, rows = gate_up.shape[0], ids.numel()
+
+    tokens_SB: Tensor
+    experts_S: Tensor
+    place_Tk: Tensor
+    used_Tk: Tensor
+
+
+def cut_into_blocks(ids: Tensor, experts: int) -> Blocks:
+    """Blocks of ceil(R / E) rows, so that at most 2 E blocks cover any routing: their number must be known without asking the
+    device. The price is blocks that are computed and not used. The block size depends on T."""
+    rows = ids.numel()
     groups = group_by_expert(ids, experts)
     block_rows = max(1, -(-rows // experts))
     blocks = (rows + min(experts, rows) * (block_rows - 1)) // block_rows  # no routing fills more
@@ -152,17 +157,34 @@ def expert_mlp_eager(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up
     experts_S = torch.searchsorted(ends_E, blocks_S, right=True).clamp(max=experts - 1)
     first_row_S = groups.starts[experts_S] + (blocks_S - (ends_E - blocks_E)[experts_S]) * block_rows
     rows_SB = first_row_S.unsqueeze(1) + torch.arange(block_rows, device=ids.device)
-    tokens_SB = groups.tokens_R[rows_SB.clamp(max=rows - 1)]  # rows beyond an expert's own are computed and not used
-
-    block_elements = gate_up[0].numel() + down[0].numel() + block_rows * (hidden.shape[1] + 3 * down.shape[2])
-    chunk = chunk_size(block_elements * hidden.element_size(), blocks)
-    gradient = wants_gradient(hidden, gate_up, down)
-    results = [hidden.new_empty((0, block_rows, hidden.shape[1]))]
-    for experts_C, tokens_CB in zip(experts_S.split(chunk), tokens_SB.split(chunk), strict=True):
-        results.append(recomputed(_compute_blocks, hidden, tokens_CB, experts_C, gate_up, down, gradient=gradient))
+    tokens_SB = groups.tokens_R[rows_SB.clamp(max=rows - 1)]
 
     expert_Tk = groups.experts_Tk.clamp(max=experts - 1)
     place_Tk = (ends_E - blocks_E)[expert_Tk] * block_rows + groups.place_Tk - groups.starts[expert_Tk]
     used_Tk = groups.experts_Tk < experts
-    place_Tk = torch.where(used_Tk, place_Tk, 0)
-    return combine(torch.cat(results).flatten(0, 1), place_Tk, used_Tk, route_weights, hidden.dtype)
+    return Blocks(tokens_SB, experts_S, torch.where(used_Tk, place_Tk, 0), used_Tk)
+
+
+def _compute_blocks(hidden: Tensor, tokens_CB: Tensor, experts_C: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    between_CBF = silu_and_multiply(hidden[tokens_CB] @ gate_up[experts_C].transpose(1, 2))
+    return between_CBF @ down[experts_C].transpose(1, 2)
+
+
+@expert_mlp.implement(PORTABLE, variant="eager", differentiable=True, promises=("deterministic",))
+def expert_mlp_eager(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """In blocks of one expert (`cut_into_blocks`), each with a copy of its expert.
+
+    Memory: up to 2 R rows of D elements for the results (and as many for joining them), and WORKSPACE_BYTES (one block at
+    least) for copies of experts. Training computes blocks again in the backward pass instead of keeping the copies, and each
+    run of blocks makes one gradient of all experts before it is summed. The block size depends on T, so a token's result may
+    differ by rounding between batches.
+    """
+    cut = cut_into_blocks(ids, gate_up.shape[0])
+    blocks, block_rows = cut.tokens_SB.shape
+    block_elements = gate_up[0].numel() + down[0].numel() + block_rows * (hidden.shape[1] + 3 * down.shape[2])
+    chunk = chunk_size(block_elements * hidden.element_size(), blocks)
+    gradient = wants_gradient(hidden, gate_up, down)
+    results = [hidden.new_empty((0, block_rows, hidden.shape[1]))]
+    for experts_C, tokens_CB in zip(cut.experts_S.split(chunk), cut.tokens_SB.split(chunk), strict=True):
+        results.append(recomputed(_compute_blocks, hidden, tokens_CB, experts_C, gate_up, down, gradient=gradient))
+    return combine(torch.cat(results).flatten(0, 1), cut.place_Tk, cut.used_Tk, route_weights, hidden.dtype)
