@@ -188,6 +188,10 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
         with Checkpoint.open(path) as checkpoint:
             config, stored, has_weights = checkpoint.config, checkpoint.stored.tensors, True
             _check_source(checkpoint, notes)
+    if config.int4 is not None:
+        raise InputError(
+            f"{path} is INT4 already: there is nothing to quantise\n  expected: a bf16, fp16, fp32 or block-FP8 checkpoint"
+        )
     config_file = path if path.is_file() else path / "config.json"
     tensors = tuple(_planned(config, stored, options))
     _check_patterns(tensors, options)
