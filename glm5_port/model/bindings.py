@@ -101,12 +101,18 @@ class BoundLayer(torch.nn.Module):
 
     Weights stream in through `preparation` and are registered when `finish_loading` is called: as parameters while they are
     canonical (named as in the operator's declaration), as buffers where the implementation prepared its own layout.
+
+    Attributes:
+        bound: what is called.
+        arguments: its weights, by the names of its parameters.
+        transforms: weight -> the module it passes through on its way to the operator, in every call (`transform`).
     """
 
     def __init__(self, bound: Bound) -> None:
         super().__init__()
         self.bound = bound
         self.arguments: dict[str, Any] = {}
+        self.transforms: dict[str, torch.nn.Module] = {}
         self._names: tuple[str, ...] = ()
         self._constants: dict[str, Any] = {}
         self._preparation: Preparation | None = None
@@ -133,6 +139,30 @@ class BoundLayer(torch.nn.Module):
         self._names = tuple(arguments)
         self._collect()
 
+    def transform(self, name: str, module: torch.nn.Module | None) -> None:
+        """Lets the weight `name` pass through a module on its way to the operator, in every call; None: as it is again.
+
+        The weight stays this layer's parameter under its own name; the module becomes the child `name + "_transform"`, so that
+        parameters of its own are found.
+
+        Raises:
+            InputError: no such parameter. A weight in an implementation's own layout cannot be transformed.
+        """
+        if name not in self._parameters:
+            raise InputError(
+                f"{self.bound}: {name!r} is no canonical weight of it (those are: {', '.join(self._parameters) or 'none'}).\n"
+                "  Build the model with trainable=True: implementations then take canonical weights."
+            )
+        child = f"{name}_transform"
+        if self.transforms.pop(name, None) is not None:
+            delattr(self, child)
+        if module is not None:
+            self.add_module(child, module)
+            self.transforms[name] = module
+
+    def _transformed(self) -> dict[str, Any]:
+        return self.arguments | {name: module(self.arguments[name]) for name, module in self.transforms.items()}
+
     def _collect(self) -> None:
         self.arguments = {name: self._constants[name] if name in self._constants else getattr(self, name) for name in self._names}
 
@@ -143,4 +173,4 @@ class BoundLayer(torch.nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not nn.Module's __call__: hooks belong to the layers above, and a decode step makes hundreds of these calls.
-        return self.bound(*args, **kwargs, **self.arguments)
+        return self.bound(*args, **kwargs, **(self._transformed() if self.transforms else self.arguments))

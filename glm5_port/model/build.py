@@ -20,6 +20,7 @@ from glm5_port.selection import check_ranks_agree
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 CORRECTION_BIAS = "e_score_correction_bias"
+INT4_PARTS = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}
 
 
 def build(
@@ -52,6 +53,11 @@ def build(
     _check_limits(config, latent_norm_eps, block_size, max_context)
     if mtp and config.mtp_layer is None:
         raise ConfigError("mtp=True was asked for, but this model has no MTP layer: num_nextn_predict_layers = 0")
+    if trainable and config.int4 is not None:
+        raise InputError(
+            "trainable=True was asked for a checkpoint with INT4 experts, whose codes have no gradient\n"
+            "  Train the floating-point checkpoint with glm5_port.quant.qat and export it."
+        )
     cache_format = cache_format or "plain"
     cache_layout(LATENT, cache_format).check_widths((config.kv_lora_rank, config.qk_rope_head_dim))
     cache_layout(INDEX, cache_format).check_widths((config.index_head_dim,))
@@ -100,8 +106,11 @@ def working_dtype(dtype: torch.dtype | str | None, config: Glm5Config) -> torch.
 
 
 def stored_dtype(name: str, working: torch.dtype) -> torch.dtype:
-    """The router's correction bias stays in float32 or wider: its spread is a few bfloat16 steps around an offset."""
-    return torch.promote_types(working, torch.float32) if name.endswith(CORRECTION_BIAS) else working
+    """What a tensor is read as: the working dtype, but for the router's correction bias (float32 or wider: its spread is a few
+    bfloat16 steps around an offset) and the parts of INT4 weights, which keep their bits."""
+    if name.endswith(CORRECTION_BIAS):
+        return torch.promote_types(working, torch.float32)
+    return INT4_PARTS.get(name.rpartition(".")[2], working)
 
 
 def _check_limits(config: Glm5Config, latent_norm_eps: float | None, block_size: int | None, max_context: int | None) -> None:

@@ -78,10 +78,7 @@ class Glm5Model(Generation, nn.Module):
         )
         self.dense_attention = self.max_context <= config.index_topk
         common: dict[str, Any] = {"dense_attention": self.dense_attention, "cache_format": cache_format}
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, bind, is_moe=config.is_moe(i), owns_indexer=config.owns_indexer(i), **common)
-            for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, bind, number, **common) for number in config.layers)
         self.norm = Norm(config, bind)
         self.head = BoundLayer(bind(ops.linear))
         self.embedding: nn.Parameter | None = None  # set while loading

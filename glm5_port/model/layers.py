@@ -7,11 +7,12 @@ J index heads, X index dims, K selected positions or experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from glm5_port import operators as ops
-from glm5_port.config import Glm5Config
+from glm5_port.config import Glm5Config, PackedInt4
 from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
 
@@ -201,12 +202,13 @@ class DenseMlp(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """Routed experts plus the shared expert, which is neither gated nor scaled."""
+    """Routed experts, in floating point or INT4, plus the shared expert, which is neither gated nor scaled."""
 
-    def __init__(self, config: Glm5Config, bind: Binder) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, int4: PackedInt4 | None) -> None:
         super().__init__()
         self.route = BoundLayer(bind(ops.route_experts))
-        self.experts = BoundLayer(bind(ops.expert_mlp))
+        self.packing: dict[str, Any] = {} if int4 is None else {"group_size": int4.group_size}
+        self.experts = BoundLayer(bind(ops.expert_mlp_int4 if int4 else ops.expert_mlp, **self.packing))
         self.shared = BoundLayer(bind(ops.gated_mlp, width_between=config.shared_intermediate_size))
         self.routing = {
             "top_k": config.num_experts_per_tok,
@@ -218,24 +220,24 @@ class MoeMlp(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         route_weights_TK, ids_TK = self.route(hidden=hidden_TD, **self.routing)
-        routed_TD = self.experts(hidden=hidden_TD, route_weights=route_weights_TK, ids=ids_TK)
+        routed_TD = self.experts(hidden=hidden_TD, route_weights=route_weights_TK, ids=ids_TK, **self.packing)
         return routed_TD + self.shared(hidden_TD)
 
 
 class DecoderLayer(nn.Module):
-    """norm, attention, norm, MLP around a residual stream that is carried as (block output, residual)."""
+    """norm, attention, norm, MLP around a residual stream that is carried as (block output, residual). Layer `number` of the
+    config says which attention and which MLP."""
 
-    def __init__(
-        self, config: Glm5Config, bind: Binder, *, is_moe: bool, owns_indexer: bool, dense_attention: bool, cache_format: str
-    ) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, number: int, *, dense_attention: bool, cache_format: str) -> None:
         super().__init__()
         self.input_norm = Norm(config, bind)
         if dense_attention:
             self.attention: nn.Module = DenseAttention(config, bind, cache_format)
         else:
-            self.attention = SparseAttention(config, bind, cache_format, owns_indexer=owns_indexer)
+            self.attention = SparseAttention(config, bind, cache_format, owns_indexer=config.owns_indexer(number))
         self.attention_norm = Norm(config, bind)
-        self.mlp: nn.Module = MoeMlp(config, bind) if is_moe else DenseMlp(config, bind)
+        int4 = config.int4 if config.has_int4_experts(number) else None
+        self.mlp: nn.Module = MoeMlp(config, bind, int4) if config.is_moe(number) else DenseMlp(config, bind)
 
     def forward(
         self, block_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None

@@ -30,7 +30,7 @@ class MtpLayer(nn.Module):
         self.hidden_norm = BoundLayer(bind(ops.rms_norm))
         self.join = BoundLayer(bind(ops.linear, width_in=2 * config.hidden_size, width_out=config.hidden_size))
         self.layer = DecoderLayer(
-            config, bind, is_moe=True, owns_indexer=True, dense_attention=dense_attention, cache_format=cache_format
+            config, bind, config.num_hidden_layers, dense_attention=dense_attention, cache_format=cache_format
         )
         self.norm = Norm(config, bind)
         self.eps = config.rms_norm_eps

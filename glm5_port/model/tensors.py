@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from glm5_port.config import PER_CHANNEL, Glm5Config, PackedInt4
 from glm5_port.errors import ConfigError
+from glm5_port.quant.packing import CODES_PER_WORD
 
 PROJECTION = "projection"
 FLOAT = "float"
@@ -18,7 +19,6 @@ FLOAT32 = "float32"
 INT4_CODES = "int4 codes"
 INT4_SCALES = "int4 scales"
 INT4_SHAPE = "int4 shape"
-CODES_PER_WORD = 8
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

@@ -46,6 +46,18 @@ def split_kv_b(kv_b: Tensor, config: Glm5Config) -> tuple[Tensor, Tensor]:
     return w_uk.contiguous(), w_uv.contiguous()
 
 
+def packed_expert_weights(read: Read, prefix: str) -> dict[str, Tensor]:
+    """One INT4 expert: codes and scales of gate and up stacked row by row, which keeps every group whole. The shape tensor says
+    nothing that the config does not, and was checked to be there."""
+    gate, up, down = (f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down"))
+    return {
+        "gate_up_packed": torch.cat([read(gate + "_packed"), read(up + "_packed")]),
+        "gate_up_scales": torch.cat([read(gate + "_scale"), read(up + "_scale")]),
+        "down_packed": read(down + "_packed"),
+        "down_scales": read(down + "_scale"),
+    }
+
+
 def gated_mlp_weights(read: Read, prefix: str) -> dict[str, Tensor]:
     gate_up = torch.cat([read(prefix + "gate_proj.weight"), read(prefix + "up_proj.weight")])
     return {"gate_up": gate_up, "down": read(prefix + "down_proj.weight")}
@@ -96,6 +108,7 @@ def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, train
             parameter.requires_grad_(False)
     fill(moe.shared, gated_mlp_weights(read, prefix + "shared_experts."), trainable=trainable)
     preparation = moe.experts.preparation
+    weights_of = packed_expert_weights if moe.packing else gated_mlp_weights
     for expert in range(config.n_routed_experts):
-        preparation.add(expert, gated_mlp_weights(read, f"{prefix}experts.{expert}."))
+        preparation.add(expert, weights_of(read, f"{prefix}experts.{expert}."))
     moe.experts.finish_loading(trainable=trainable)
