@@ -27,7 +27,8 @@ from glm5_port.model.stored_tensors import StoredTensor, StoredTensors, read_dir
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, as_bytes, as_tensor, hash_file
-from glm5_port.quant.int4 import Int4Rule, quantize
+from glm5_port.quant.formats.compressed_tensors import group_sizes
+from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, quantize
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, PlannedTensor, plan_export
 from glm5_port.quant.structure import Structure, read_structure
@@ -85,7 +86,7 @@ def verify(
     manifest = read_manifest(directory)
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
-    rule = _rule(manifest, raw, result)
+    rule = _rule(manifest, stored, result)
     structure = read_structure(config, raw.get(KEY), stored, rule, mtp_absent=bool(manifest and manifest.get("mtp") == "none"))
     result.problems += structure.problems
     result.checked.append(f"{len(stored.tensors):,} tensors: names, shapes, dtypes, index, config.json")
@@ -139,17 +140,14 @@ def _gather(result: Verified, found: Iterable[list[str]]) -> None:
         result.problems += problems
 
 
-def _rule(manifest: Mapping[str, Any] | None, raw: Mapping[str, Any], result: Verified) -> Int4Rule:
-    """The rule that the manifest records; without one, amax7 with the group size of config.json."""
+def _rule(manifest: Mapping[str, Any] | None, stored: StoredTensors, result: Verified) -> Int4Rule:
+    """The rule that the manifest records; without one, amax7 with the group size that most tensors have."""
     if manifest is not None:
         return rule_of(manifest)
-    try:
-        weights = raw[KEY]["config_groups"]["group_0"]["weights"]
-        group = -1 if weights["strategy"] == "channel" else int(weights["group_size"])
-    except (KeyError, TypeError, ValueError):
-        group = 32
     result.notes.append("there is no manifest that names the rule: amax7 is assumed")
-    return Int4Rule("amax7", group)
+    sizes, one_per_row = group_sizes(stored.tensors)
+    (size, _), *_ = sizes.most_common(1) or [(32, 0)]
+    return Int4Rule("amax7", PER_CHANNEL if one_per_row else size)
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------------

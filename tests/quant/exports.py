@@ -43,7 +43,7 @@ def read_all(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def change(directory: Path, edit: Callable[[dict[str, Tensor]], None], file: str | None = None) -> None:
+def change(directory: Path, edit: Callable[[dict[str, Tensor]], object], file: str | None = None) -> None:
     """Rewrites the shard files of a checkpoint after `edit` changed their tensors: all as one dict, or those of one file."""
     for path in [directory / file] if file else sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_every_shard_stays_below_the_limit_and_every_place_is_its_own(tmp_path: 
         assert sum(tensor.bytes for tensor in shard.tensors) <= 100_000
         ranges = sorted((shard.places[o.name], shard.places[o.name] + o.bytes) for t in shard.tensors for o in t.outputs)
         assert ranges[0][0] == len(shard.header)
-        assert all(end == start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(ranges))
         assert ranges[-1][1] == shard.bytes
     names = [output.name for tensor in plan.tensors for output in tensor.outputs]
     assert len(names) == len(set(names))

@@ -11,6 +11,7 @@ Source: compressed-tensors 0.20.0, compressors/pack_quantized; int32 shapes as K
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from glm5_port.errors import CheckpointError, InputError
+from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.formats import OutputTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
 from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
@@ -109,6 +111,23 @@ class CompressedTensors:
         if packed.dim() != 2 or scales.dim() != 2 or packed.shape[0] != scales.shape[0]:
             raise CheckpointError(f"{name}: packed {list(packed.shape)} and scale {list(scales.shape)} are not of one matrix")
         return unpack_int4(packed), scales
+
+
+def group_sizes(tensors: Mapping[str, StoredTensor]) -> tuple[Counter[int], bool]:
+    """(group size -> how many weights have it, whether every weight has one scale per row and they differ in width)."""
+    sizes: Counter[int] = Counter()
+    rows_only = True
+    for name, packed in tensors.items():
+        scale = tensors.get(name.removesuffix(PACKED) + SCALE)
+        if (
+            name.endswith(".weight" + PACKED)
+            and scale is not None
+            and len(packed.shape) == len(scale.shape) == 2
+            and scale.shape[1]
+        ):
+            sizes[packed.shape[1] * CODES_PER_WORD // scale.shape[1]] += 1
+            rows_only = rows_only and scale.shape[1] == 1
+    return sizes, rows_only and len(sizes) > 1
 
 
 def ignore_list(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> list[str]:
