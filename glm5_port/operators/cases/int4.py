@@ -69,6 +69,23 @@ def int4_quantize_cases() -> Iterator[Case]:
         weight[7] *= torch.finfo(make.dtype).tiny
         return made
 
+    def bits(make: Make, patterns: Tensor, rule: str) -> dict[str, Any]:
+        weight = patterns.to(torch.int16).view(torch.bfloat16).to(make.dtype)
+        return {"weight": weight, "group_size": -1, "rule": rule}
+
+    def all_mantissas(make: Make, rule: str = "amax7") -> dict[str, Any]:
+        """Every mantissa of amax, each with every magnitude from amax / 64 up, in both signs."""
+        amax = (127 << 7) + torch.arange(128).unsqueeze(1)
+        magnitudes = amax - torch.arange(6 * 128)
+        return bits(make, torch.cat((magnitudes, magnitudes + (1 << 15)), dim=1), rule)
+
+    def every_amax(make: Make) -> dict[str, Any]:
+        """All bfloat16 magnitudes, infinity and NaN included, one in each row."""
+        return bits(make, torch.arange(1 << 15).unsqueeze(1) * (torch.arange(8) == 5), "amax7")
+
+    yield Case("all_mantissas", all_mantissas, exact=True, dtypes=NARROW)
+    yield Case("all_mantissas_signed8", lambda make: all_mantissas(make, "signed8"), exact=True, dtypes=NARROW)
+    yield Case("every_amax", every_amax, exact=True, dtypes=NARROW)
     yield Case("no_rows", lambda make: arguments(make, 0, 64), exact=True)
     yield Case("one_group", lambda make: arguments(make, 1, 32), exact=True)
     yield Case("matrix", lambda make: arguments(make, 48, 256), exact=True)
