@@ -312,7 +312,7 @@ def _made_again(plan: Plan, tensor: PlannedTensor, given: Reader) -> Iterator[tu
         for chunk in given.chunks(tensor.source):
             yield tensor.name, memoryview(chunk)
         return
-    for rows in read_rows(plan, tensor, given):
+    for _, rows in read_rows(plan, tensor, given):
         if tensor.action == BF16:
             yield tensor.name, as_bytes(rows)
             continue

@@ -163,11 +163,12 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _Op
             source.update(chunk)
             outputs[tensor.name].append(memoryview(chunk))
     elif tensor.action == BF16:
-        for rows in read_rows(plan, tensor, reader, source.update):
+        for _, rows in read_rows(plan, tensor, reader, source.update):
             outputs[tensor.name].append(as_bytes(rows))
     else:
-        for rows in read_rows(plan, tensor, reader, source.update):
-            quantized = quantize(rows, plan.options.rule, name=tensor.name)
+        for first, rows in read_rows(plan, tensor, reader, source.update):
+            place = f"{tensor.name}{f', rows from {first}' if first else ''}"
+            quantized = quantize(rows, plan.options.rule, name=place)
             for name, part in plan.format.encode(tensor.name, quantized.codes, quantized.scales).items():
                 outputs[name].append(as_bytes(part))
             statistics.append(measure(rows, quantized))
@@ -180,8 +181,8 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _Op
 
 def read_rows(
     plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None] = lambda _: None
-) -> Iterator[Tensor]:
-    """Blocks of rows of a matrix in bfloat16, block-FP8 multiplied out.
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, block of rows) of a matrix in bfloat16, block-FP8 multiplied out.
 
     Args:
         plan: tells the blocks of block-FP8.
@@ -203,9 +204,9 @@ def read_rows(
         seen(stored)
         block = as_tensor(stored, tensor.source.dtype, (last - first, columns))
         if scales is not None and plan.block is not None:
-            yield dequantize_rows(block, scales[first // multiple : -(-last // multiple)], plan.block, torch.bfloat16)
+            yield first, dequantize_rows(block, scales[first // multiple : -(-last // multiple)], plan.block, torch.bfloat16)
         else:
-            yield block.to(torch.bfloat16)
+            yield first, block.to(torch.bfloat16)
 
 
 def block_rows(plan: Plan, tensor: PlannedTensor) -> tuple[int, int]:
