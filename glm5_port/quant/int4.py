@@ -174,6 +174,36 @@ def quantize_packed(weight: Tensor, rule: Int4Rule = AMAX7, *, name: str = "weig
     return packed, scales
 
 
+def quantize_with_scales(weight: Tensor, scales: Tensor, *, name: str = "weight") -> Tensor:
+    """Codes for scales that are given: half-even(bf16(w) / s) clipped to -7..7, packed.
+
+    Args:
+        weight: [..., I], as `quantize` takes it.
+        scales: [..., I / g] bfloat16, positive, from 2^-113 to 1.5 * 2^124; g follows from the shapes.
+        name: of the tensor, for errors.
+
+    Returns:
+        [..., I / 8] int32.
+
+    Raises:
+        InputError: as `quantize`.
+    """
+    width, groups = weight.shape[-1], scales.shape[-1]
+    rows, row_scales = weight.detach().reshape(-1, width), scales.reshape(-1, groups)
+    packed = torch.empty((*weight.shape[:-1], width // CODES_PER_WORD), dtype=torch.int32, device=weight.device)
+    checked = row_scales.clone()
+    step = _block_rows(weight, width)
+    for first in range(0, rows.shape[0], step):
+        part = slice(first, first + step)
+        w_Ng = rows[part].to(torch.bfloat16).contiguous().view(-1, width // groups)
+        codes_Ng = _codes(w_Ng.to(torch.float32), row_scales[part].flatten().to(torch.float32), -7, clip=True)
+        packed.view(-1, packed.shape[-1])[part] = pack_int4(codes_Ng.view(-1, width))
+        amax_N = w_Ng.view(torch.int16).bitwise_and(0x7FFF).amax(1)
+        checked[part].masked_fill_((amax_N > LARGEST_AMAX).view(-1, groups), float("nan"))
+    refuse_bad_scales(checked.view(scales.shape), weight, Int4Rule(group_size=width // groups), name)
+    return packed
+
+
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """bf16(q * s).
 
@@ -257,8 +287,7 @@ def _quantize_groups(w_Ng: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         low = -7
     bits_N = torch.where(amax_N < SMALLEST_AMAX, _ONE, torch.where(amax_N <= LARGEST_AMAX, bits_N, _NAN))
     scales_N = bits_N.to(torch.int16).view(torch.bfloat16)
-    codes_Ng = _codes(wide_Ng, scales_N.to(torch.float32), low, clip=rule != "amax7")
-    return codes_Ng * (amax_N <= LARGEST_AMAX).to(torch.int8).unsqueeze(1), scales_N
+    return _codes(wide_Ng, scales_N.to(torch.float32), low, clip=rule != "amax7"), scales_N
 
 
 def seventh_bits(amax_bits: Tensor) -> Tensor:
@@ -275,9 +304,9 @@ def seventh_bits(amax_bits: Tensor) -> Tensor:
 
 
 def _codes(wide_Ng: Tensor, scales_N: Tensor, low: int, *, clip: bool) -> Tensor:
-    """half-even(w / s) as int8. See the module's text for why no rounding on the way can show."""
+    """half-even(w / s) as int8, 0 where s is NaN. See the module's text for why no rounding on the way can show."""
     quotients_Ng = wide_Ng * scales_N.reciprocal().unsqueeze(1)
-    quotients_Ng = quotients_Ng.add_(_SNAP).sub_(_SNAP).round_()
+    quotients_Ng = quotients_Ng.add_(_SNAP).sub_(_SNAP).round_().nan_to_num_(0.0)
     return (quotients_Ng.clamp_(low, 7) if clip else quotients_Ng).to(torch.int8)
 
 

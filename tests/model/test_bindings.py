@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,3 +260,39 @@ def test_a_pin_flag_holds_for_a_model(set_flags: Any) -> None:
     assert chosen(pinned)["sparse_mla_attention"] == {"torch/eager"}, "the argument is the stronger request"
     record = next(s for s in pinned.decisions() if s.operator == "sparse_mla_attention")
     assert "overrides GLM5_PORT_OP_SPARSE_MLA_ATTENTION=reference" in str(record)
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor
+
+
+def test_a_weight_may_pass_through_a_module_on_its_way_to_the_operator() -> None:
+    model = quick_model(trainable=True)
+    head, names = model.head, set(model.state_dict())
+    x = torch.randn(3, 32, dtype=torch.float64)
+    right = head(x)
+    transform = Scaled()
+    head.transform("weight", transform)
+    assert torch.equal(head(x), 2 * right)
+    assert set(model.state_dict()) - names == {"head.weight_transform.factor"}
+    head(x).sum().backward()
+    assert transform.factor.grad is not None
+    assert head.arguments["weight"].grad is not None
+    twin = copy.deepcopy(head)
+    with torch.no_grad():
+        twin.transforms["weight"].factor.fill_(4.0)
+    assert torch.equal(twin(x), 4 * right)
+    assert torch.equal(head(x), 2 * right)
+    head.transform("weight", None)
+    assert torch.equal(head(x), right)
+    assert set(model.state_dict()) == names
+    with pytest.raises(InputError, match="'wieght' is no canonical weight of it .those are: weight"):
+        head.transform("wieght", transform)

@@ -1,0 +1,666 @@
+"""INT4-aware training: what is exported is what was computed with, bit for bit; gradients against explicit formulas."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from glm5_port.config import Glm5Config
+from glm5_port.errors import InputError
+from glm5_port.model.bindings import BoundLayer
+from glm5_port.model.build import build, random_weights
+from glm5_port.model.decoder import Glm5Model
+from glm5_port.model.tensors import expected_tensors
+from glm5_port.quant import PER_CHANNEL, Int4Rule, dequantize, quantize, unpack_int4
+from glm5_port.quant import fake_quantize as fake_module
+from glm5_port.quant.qat import (
+    FakeQuantize,
+    canonical_tensors,
+    fake_quantize,
+    kl_to_teacher,
+    prepare_qat,
+    quantised_state,
+    remove_qat,
+    requantise,
+    scale_parameters,
+)
+from glm5_port.testing.hugging_face import write_checkpoint
+from glm5_port.testing.tiny import TINY, tiny_config
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_n_heads": 8,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "index_topk_freq": None,
+    "index_skip_topk_offset": None,
+    "indexer_types": ["full", "full", "shared"],
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 64,
+    "eos_token_id": [47],
+    "pad_token_id": 46,
+}
+ROWS = torch.randint(0, 46, (2, 13), generator=torch.Generator().manual_seed(5))
+EXPERTS = 2 * 4 * 3
+"""Matrices of two MoE layers."""
+
+torch.set_num_threads(1)
+
+
+def small_config(**changes: Any) -> Glm5Config:
+    return tiny_config(**{**SMALL, **changes})
+
+
+def ours(dtype: torch.dtype = torch.float32, *, mtp: bool = False, max_context: int | None = None, **changes: Any) -> Glm5Model:
+    config = small_config(**changes)
+    weights = random_weights(config, dtype=dtype, mtp=mtp)
+    return build(config, weights, backend="cpu", dtype=dtype, trainable=True, block_size=5, mtp=mtp, max_context=max_context)
+
+
+@pytest.fixture(scope="module")
+def transformers_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_checkpoint(tmp_path_factory.mktemp("hugging_face"), {**TINY, **SMALL})
+
+
+@pytest.fixture
+def theirs(transformers_model: Any) -> Any:
+    return copy.deepcopy(transformers_model)
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    found = model(ROWS)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    logits = logits_of(model)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ROWS[:, 1:].flatten())
+
+
+def train(model: nn.Module, steps: int, *, lr: float = 2e-3, **options: Any) -> list[float]:
+    """AdamW on one fixed batch; the learned scales at a fortieth of the rate."""
+    scales = scale_parameters(model)
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not scale for scale in scales)]
+    groups = [{"params": others}] + ([{"params": scales, "lr": lr / 40, "weight_decay": 0.0}] if scales else [])
+    optimizer = torch.optim.AdamW(groups, lr=lr, **options)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def decoded(model: nn.Module) -> dict[str, Tensor]:
+    """Weights from canonical tensors alone."""
+    tensors = dict(canonical_tensors(model))
+    weights = {}
+    for name in tensors:
+        if name.endswith("_packed"):
+            weight = name.removesuffix("_packed")
+            weights[weight] = dequantize(unpack_int4(tensors[name]), tensors[weight + "_scale"])
+            assert tensors[weight + "_shape"].tolist() == list(weights[weight].shape)
+            assert tensors[weight + "_shape"].dtype == torch.int32
+            assert tensors[weight + "_scale"].dtype == torch.bfloat16
+            assert tensors[name].is_contiguous()
+    assert len(tensors) == 3 * len(weights)
+    return weights
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, signs of zeros included."""
+    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+
+
+# -- what is exported is what was computed with ------------------------------------------------------------------------------
+
+
+@contextmanager
+def operator_arguments(model: Glm5Model) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Layer name -> weights of its latest operator call, taken where the operator is called."""
+    seen: dict[str, dict[str, Tensor]] = {}
+    originals = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, BoundLayer):
+            original = layer.bound.function
+            originals.append((layer.bound, original))
+
+            def watch(*args: Any, _name: str = name, _call: Callable[..., Any] = original, **kwargs: Any) -> Any:
+                seen[_name] = {key: value.detach().clone() for key, value in kwargs.items() if isinstance(value, Tensor)}
+                return _call(*args, **kwargs)
+
+            layer.bound.function = watch
+    yield seen
+    for bound, original in originals:
+        bound.function = original
+
+
+class SeenWeights(TorchFunctionMode):
+    """The weights that transformers' layers compute with, as bytes -> how often: second arguments of linear, and the fused
+    tensors that an expert is taken from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[bytes, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            self._count(args[1])
+        elif func is Tensor.__getitem__ and args[0].dim() == 3 and args[0].is_floating_point():
+            self._count(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, weight: Tensor) -> None:
+        data = weight.detach().float().contiguous().view(torch.uint8).numpy().tobytes()
+        self.seen[data] = self.seen.get(data, 0) + 1
+
+    def times(self, weight: Tensor) -> int:
+        return self.seen.get(weight.float().contiguous().view(torch.uint8).numpy().tobytes(), 0)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["amax7", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_is_what_the_last_forward_of_our_model_used(learned: bool, dtype: torch.dtype) -> None:
+    model = ours(dtype)
+    prepare_qat(model, learned_scales=learned, convert_masters=dtype == torch.bfloat16)
+    before = decoded(model)
+    with operator_arguments(model) as seen:
+        train(model, 4)
+    exported = decoded(model)
+    assert len(exported) == EXPERTS
+    for layer in (1, 2):
+        used = seen[f"layers.{layer}.mlp.experts"]
+        for expert in range(4):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+            assert used["gate_up"].dtype == used["down"].dtype == dtype
+            assert same_bits(used["gate_up"][expert, :32], exported[prefix + "gate_proj.weight"])
+            assert same_bits(used["gate_up"][expert, 32:], exported[prefix + "up_proj.weight"])
+            assert same_bits(used["down"][expert], exported[prefix + "down_proj.weight"])
+    assert any(not torch.equal(before[name], exported[name]) for name in before), "nothing was trained"
+    requantise(model)
+    assert any(not torch.equal(exported[name], weight) for name, weight in decoded(model).items()), "the last step is too small"
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["amax7", "learned"])
+def test_export_is_what_the_last_forward_of_transformers_used(theirs: Any, learned: bool) -> None:
+    names = set(theirs.state_dict())
+    prepare_qat(theirs, learned_scales=learned)
+    assert names <= set(theirs.state_dict())
+    assert learned == (names != set(theirs.state_dict()))
+    theirs.train()
+    train(theirs, 3)
+    watch = SeenWeights()
+    with watch:
+        train(theirs, 1)
+    exported = decoded(theirs)
+    assert len(exported) == EXPERTS
+    by_expert = []
+    for layer in (1, 2):
+        gate, up, down = (
+            torch.stack([exported[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"] for expert in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        gate_up = torch.cat([gate, up], dim=1)
+        by_expert += [(watch.times(a), watch.times(b)) for a, b in zip(gate_up, down, strict=True)]
+        assert watch.times(gate_up) == watch.times(down) == sum(a for a, _ in by_expert[-4:])
+    assert all(a == b <= 1 for a, b in by_expert), "an expert computes once, with what is exported, where it is routed to"
+    assert sum(a for a, _ in by_expert) >= 6
+
+
+@pytest.mark.parametrize("kind", ["ours", "ours dense", "theirs"])
+def test_everything_by_pattern(kind: str, theirs: Any) -> None:
+    """All projections: fused gate_up, the two halves of kv_b_proj, the indexer; in both forms of attention."""
+    model = theirs if kind == "theirs" else ours(max_context=4 if kind == "ours dense" else None, mtp=True, index_topk=16)
+    patterns = ["self_attn", "shared_experts", r"mlp\.(gate|up|down)_proj"]
+    report = prepare_qat(model, patterns=patterns, rule=Int4Rule(group_size=16))
+    expected = {
+        name: spec.shape
+        for name, spec in expected_tensors(small_config(), mtp=kind != "theirs").items()
+        if spec.kind == "projection" and not (kind == "ours dense" and ".indexer." in name)
+    }
+    exported = decoded(model)
+    assert {name: tuple(weight.shape) for name, weight in exported.items()} == expected
+    assert set(report.weights) == set(expected)
+    assert sum(report.components.values()) == len(expected)
+    assert report.elements == sum(math.prod(shape) for shape in expected.values())
+    if kind != "theirs":
+        source = random_weights(small_config(), dtype=torch.float32, mtp=True)
+        for name, weight in exported.items():
+            codes = quantize(source(name), Int4Rule(group_size=16))
+            assert same_bits(weight, codes.dequantize()), name
+        return
+    watch = SeenWeights()
+    with watch:
+        loss_of(model)
+    for name in expected:
+        if ".experts." not in name:
+            assert watch.times(exported[name]) == 1, name
+
+
+def test_our_model_and_transformers_train_alike(tmp_path: Any) -> None:
+    """The same weights, the same batch (the context fits into index_topk): the same loss and codes after a step."""
+    import glm5_port
+
+    theirs = write_checkpoint(tmp_path, {**TINY, **SMALL, "index_topk": 16})
+    model = glm5_port.load(tmp_path, backend="cpu", trainable=True)
+    prepare_qat(model)
+    prepare_qat(theirs)
+    assert loss_of(model).item() == pytest.approx(loss_of(theirs).item(), rel=1e-5)
+    ours_state, their_state = dict(canonical_tensors(model)), dict(canonical_tensors(theirs))
+    assert set(ours_state) == set(their_state)
+    assert all(torch.equal(tensor, their_state[name]) for name, tensor in ours_state.items())
+    gradient = dict(theirs.named_parameters())["model.layers.1.mlp.experts.gate_up_proj"]
+    loss_of(model).backward()
+    loss_of(theirs).backward()
+    found = dict(model.named_parameters())["layers.1.mlp.experts.gate_up"].grad
+    assert found is not None
+    assert gradient.grad is not None
+    assert (found - gradient.grad).abs().max() <= 1e-4 * gradient.grad.abs().max()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["amax7", "learned"])
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+def test_loss_goes_down_and_masters_move(kind: str, learned: bool, theirs: Any) -> None:
+    model = ours() if kind == "ours" else theirs
+    prepare_qat(model, learned_scales=learned)
+    masters = {n: p.detach().clone() for n, p in model.named_parameters() if "experts" in n and p.dim() == 3}
+    assert len(masters) == (8 if learned else 4), "masters, and their scales"
+    losses = train(model, 12)
+    assert losses[-1] < 0.8 * losses[0]
+    for name, parameter in model.named_parameters():
+        if name in masters:
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, masters[name]), name
+    if not learned:
+        assert not scale_parameters(model)
+        return
+    assert len(scale_parameters(model)) == 4
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            master = dict(model.named_parameters())[module.name]
+            assert module.scales is not None
+            assert not torch.equal(module.scales.bfloat16(), quantize(master).scales)
+
+
+def test_nothing_else_is_quantised() -> None:
+    model, plain = ours(), ours()
+    prepare_qat(model)
+    with operator_arguments(model) as seen, operator_arguments(plain) as right:
+        logits_of(model)
+        logits_of(plain)
+    first = next(iter(right))
+    assert torch.equal(seen[first]["x"], right[first]["x"]), "the embedding"
+    weights = {name: tuple(layer.arguments) for name, layer in plain.named_modules() if isinstance(layer, BoundLayer)}
+    for name, found in seen.items():
+        for weight in weights[name]:
+            assert torch.equal(found[weight], right[name][weight]) != name.endswith("mlp.experts"), (name, weight)
+
+
+def test_parameters_keep_names_and_state_dicts_go_both_ways() -> None:
+    model, plain = ours(), ours()
+    shapes = {name: p.shape for name, p in plain.named_parameters()}
+    prepare_qat(model)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    train(model, 1)
+    plain.load_state_dict(model.state_dict())
+    prepare_qat(plain)
+    requantise(model)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(canonical_tensors(model), canonical_tensors(plain), strict=True))
+
+
+def test_removing_gives_the_masters_back(theirs: Any) -> None:
+    for model in (ours(), theirs):
+        with torch.no_grad():
+            right = logits_of(model)
+            report = prepare_qat(model)
+            wrong = logits_of(model)
+            state = remove_qat(model)
+            assert torch.equal(logits_of(model), right)
+        assert not torch.equal(wrong, right)
+        assert set(state) == set(report.weights)
+        assert not any(isinstance(module, FakeQuantize) for module in model.modules())
+        with pytest.raises(InputError, match="not prepared"):
+            quantised_state(model)
+        prepare_qat(model)
+    assert type(theirs.model.layers[1].mlp.experts).__name__ == "GlmMoeDsaExperts"
+
+
+def test_converted_masters_become_bfloat16_again() -> None:
+    model = ours(torch.bfloat16)
+    prepare_qat(model, convert_masters=True)
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith(("experts.gate_up", "experts.down"))} == {torch.float32}
+    assert model.embedding is not None
+    assert model.embedding.dtype == torch.bfloat16
+    remove_qat(model)
+    assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if not n.endswith("bias"))
+    logits_of(model)
+
+
+def test_a_copy_keeps_records_of_its_own(theirs: Any) -> None:
+    for model in (ours(), theirs):
+        prepare_qat(model)
+        loss_of(model)
+        twin = copy.deepcopy(model)
+        train(twin, 3, lr=1e-2)
+        assert loss_of(model).item() != loss_of(twin).item()
+        a, b = dict(canonical_tensors(model)), dict(canonical_tensors(twin))
+        assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+# -- computed once a step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weights that were quantised."""
+    names: list[str] = []
+    original = fake_module.record_of
+
+    def count(master: Tensor, scales: Tensor | None, rule: Int4Rule, name: str) -> Any:
+        names.append(name)
+        return original(master, scales, rule, name)
+
+    monkeypatch.setattr(fake_module, "record_of", count)
+    return names
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["amax7", "learned"])
+def test_recomputed_activations_do_not_quantise_again(theirs: Any, computed: list[str], learned: bool) -> None:
+    prepare_qat(theirs, learned_scales=learned)
+    theirs.train()
+    expected = copy.deepcopy(theirs)
+    theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    computed.clear()
+    train(theirs, 2)
+    assert len(computed) == 2 * 4
+    assert len(set(computed)) == 4
+    train(expected, 2)
+    for (name, a), b in zip(theirs.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=["foreach", "fused", "loop"])
+def test_an_optimizer_step_is_seen(options: dict[str, bool]) -> None:
+    """Fused optimizers do not count up torch's version of a parameter."""
+    model = ours()
+    prepare_qat(model)
+    train(model, 1, lr=1e-2, **options)
+    with torch.no_grad():
+        logits = logits_of(model)
+        used = decoded(model)
+        requantise(model)
+        assert torch.equal(logits_of(model), logits)
+    assert all(torch.equal(used[name], weight) for name, weight in decoded(model).items())
+
+
+def test_writes_are_seen(computed: list[str]) -> None:
+    model = ours()
+    prepare_qat(model)
+    master = dict(model.named_parameters())["layers.1.mlp.experts.down"]
+    with torch.no_grad():
+        logits_of(model)
+        computed.clear()
+        logits_of(model)
+        assert not computed
+        master.mul_(2)
+        logits_of(model)
+        assert computed == ["layers.1.mlp.experts.down"]
+        master.data = master.data * 2
+        logits_of(model)
+        assert len(computed) == 2
+        model.load_state_dict(model.state_dict())
+        logits_of(model)
+        assert len(computed) == 2 + 4
+
+
+# -- the function ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (3, 4, 64)])
+@pytest.mark.parametrize("rule", [Int4Rule(), Int4Rule("signed8", 16), Int4Rule("mse", PER_CHANNEL)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_value_and_gradient(shape: tuple[int, ...], rule: Int4Rule, dtype: torch.dtype) -> None:
+    master = torch.randn(shape, requires_grad=True)
+    value = fake_quantize(master, rule, dtype=dtype)
+    assert value.dtype == dtype
+    assert same_bits(value, quantize(master.detach(), rule).dequantize())
+    weighting = torch.randn(shape, dtype=dtype)
+    (value * weighting).sum().backward()
+    assert master.grad is not None
+    assert master.grad.dtype == torch.float32
+    assert torch.equal(master.grad, weighting.float())
+
+
+def written_out(master: Tensor, scales: Tensor, size: int) -> Tensor:
+    """LSQ in plain torch operations with straight-through roundings: value and gradients by autograd."""
+
+    def through(exact: Tensor, rounded: Tensor) -> Tensor:
+        return exact + (rounded - exact).detach()
+
+    factor = (7 * size) ** -0.5
+    scales = (scales - scales * factor).detach() + scales * factor  # the value as it is, the gradient scaled
+    scales = through(scales, scales.clamp(min=2.0**-113).bfloat16().double()).unsqueeze(-1)
+    quotients = through(master, master.bfloat16().double()).unflatten(-1, (-1, size)) / scales
+    values = through(quotients.clamp(-7, 7), quotients.round().clamp(-7, 7)) * scales
+    return through(values, values.bfloat16().double()).flatten(-2)
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_learned_scales_against_the_formula(size: int) -> None:
+    torch.manual_seed(1)
+    master = torch.randn(3, 5, 64)
+    rule = Int4Rule(group_size=size)
+    scales = quantize(master, rule).scales.float() * torch.rand(3, 5, 64 // size).add(0.4)  # some clip, some do not
+    weighting = torch.randn(3, 5, 64)
+    results = []
+    for function, dtype in ((lambda m, s: fake_quantize(m, rule, s), torch.float32), (written_out, torch.float64)):
+        m, s = (tensor.detach().clone().to(dtype).requires_grad_() for tensor in (master, scales))
+        value = function(m, s) if dtype == torch.float32 else written_out(m, s, size)
+        (value * weighting).sum().backward()
+        assert m.grad is not None
+        assert s.grad is not None
+        results.append((value.detach(), m.grad, s.grad))
+    (value, of_master, of_scales), (right_value, right_of_master, right_of_scales) = results
+    assert torch.equal(value.double(), right_value)
+    assert torch.equal(of_master.double(), right_of_master)
+    assert (of_master == 0).any()
+    assert (of_master != 0).any()
+    torch.testing.assert_close(of_scales.double(), right_of_scales, rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_scale_below_zero_computes_as_the_smallest_and_comes_back() -> None:
+    master = torch.ones(1, 8, requires_grad=True)
+    scales = torch.tensor([[-0.5]], requires_grad=True)
+    value = fake_quantize(master, Int4Rule(group_size=8), scales)
+    assert torch.equal(value, torch.full((1, 8), 7 * 2.0**-113))
+    (value - 1).square().sum().backward()
+    assert scales.grad is not None
+    assert scales.grad < 0
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["amax7", "learned"])
+def test_compiled_in_one_graph(learned: bool) -> None:
+    master = torch.randn(4, 64, requires_grad=True)
+    scales = (quantize(master.detach()).scales.float() * 0.8).requires_grad_() if learned else None
+    x = torch.randn(3, 64)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        out = function(x, master, scales)
+        wanted = [master] if scales is None else [master, scales]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+    def layer(x: Tensor, master: Tensor, scales: Tensor | None) -> Tensor:
+        return F.linear(x, fake_quantize(master, scales=scales))
+
+    for got, right in zip(run(torch.compile(layer, backend="aot_eager", fullgraph=True)), run(layer), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "bound"])
+def test_compiled_layers_follow_their_masters(kind: str) -> None:
+    """The layer's class that transformers' modules get, and this project's bound layer; through a fused optimizer too."""
+    if kind == "linear":
+        from glm5_port.quant.qat import _attach
+
+        layer: Any = nn.Linear(64, 8, bias=False)
+        record = fake_module.record_of(layer.weight, None, Int4Rule(), "weight")
+        _attach(layer, "weight", FakeQuantize("weight", Int4Rule(), torch.float32, (), record, False))
+        master = layer.weight
+    else:
+        model = ours()
+        prepare_qat(model, patterns=["shared_experts"])
+        layer = model.layers[1].mlp.shared
+        master = layer.gate_up
+    x = torch.randn(3, master.shape[-1])
+    compiled = torch.compile(layer if kind == "linear" else lambda x: layer(x), backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.AdamW([master], lr=1e-2, fused=True)
+    for step in range(3):
+        out = compiled(x)
+        torch.testing.assert_close(out, layer(x), rtol=1e-6, atol=1e-6)
+        optimizer.zero_grad()
+        out.square().sum().backward()
+        assert master.grad is not None
+        optimizer.step()
+        before = out.detach()
+        assert not torch.equal(compiled(x), before), step
+    with torch.no_grad():
+        master.zero_()
+        assert compiled(x).abs().max() == 0
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+def test_bad_masters_are_refused_by_name_and_index(kind: str, theirs: Any) -> None:
+    model = ours() if kind == "ours" else theirs
+    name = "layers.2.mlp.experts.down" if kind == "ours" else "model.layers.2.mlp.experts.down_proj"
+    master = dict(model.named_parameters())[name]
+    with torch.no_grad():
+        master[3, 5, 17] = float("nan")
+    with pytest.raises(InputError, match=rf"{name}: element \[3, 5, 17\] is nan"):
+        prepare_qat(model)
+    assert not any(isinstance(module, FakeQuantize) for module in model.modules())
+    with torch.no_grad():
+        master[3, 5, 17] = 0
+    prepare_qat(model, learned_scales=True)
+    with torch.no_grad():
+        master[3, 5, 17] = float("inf")
+    with pytest.raises(InputError, match=rf"{name}: element \[3, 5, 17\] is inf"):
+        loss_of(model)
+    with torch.no_grad():
+        master[3, 5, 17] = 0
+        scale_parameters(model)[-1][1, 2, 0] = float("nan")
+    with pytest.raises(InputError, match=rf"{name}: learned scale \[1, 2, 0\] is nan"):
+        loss_of(model)
+
+
+def test_other_dtypes_are_refused(theirs: Any) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(InputError, match=r"layers.1.mlp.experts.gate_up: masters are float32, this one is torch."):
+            prepare_qat(ours(dtype))
+        with pytest.raises(InputError, match="proj: masters are float32"):
+            fake_quantize(torch.zeros(1, 32, dtype=dtype), name="proj")
+    with pytest.raises(InputError, match=r"float16 were asked for"):
+        fake_quantize(torch.zeros(1, 32), dtype=torch.float16)
+    prepare_qat(theirs)
+    theirs.to(torch.bfloat16)
+    with pytest.raises(InputError, match="experts.gate_up_proj: masters are float32"):
+        loss_of(theirs)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model = ours()
+    for options, message in (
+        ({"rule": Int4Rule(group_size=48)}, r"layers.1.mlp.experts.gate_up: rows of 32 weights .* groups of 48"),
+        ({"patterns": ["no_such"]}, "'no_such' finds no projection"),
+        ({"patterns": ["("]}, "no regular expression"),
+        ({"patterns": ["lm_head"]}, "finds no projection"),
+        ({"patterns": ["weights_proj"]}, "finds no projection"),
+        ({"patterns": [r"shared_experts\.gate_proj"]}, "only some of the weights in layers.1.mlp.shared.gate_up"),
+        ({"experts": False}, "nothing would be quantised: experts=False"),
+        ({"rule": Int4Rule("signed8"), "learned_scales": True}, "signed8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare_qat(model, **options)
+        assert not any(isinstance(module, FakeQuantize) for module in model.modules())
+    with pytest.raises(InputError, match="this model has no routed experts"):
+        prepare_qat(ours(first_k_dense_replace=3))
+    with pytest.raises(InputError, match="Linear is not known here"):
+        prepare_qat(nn.Linear(32, 32))
+    config = small_config()
+    inference = build(config, random_weights(config, dtype=torch.float32), backend="cpu", dtype=torch.float32)
+    with pytest.raises(InputError, match="built for inference"):
+        prepare_qat(inference)
+    prepare_qat(model)
+    with pytest.raises(InputError, match="prepared already"):
+        prepare_qat(model)
+    with pytest.raises(InputError, match="learned scales of shape"):
+        fake_quantize(torch.zeros(2, 32), scales=torch.zeros(2, 2))
+
+
+def test_the_report_says_what_was_prepared() -> None:
+    report = prepare_qat(ours(), patterns=["shared_experts"])
+    assert report.components == {"routed experts": 24, "shared experts": 6}
+    assert str(report) == (
+        "INT4-aware training of 30 matrices (24 of the routed experts, 6 of the shared experts) in 8 parameters, "
+        "30,720 weights: amax7 v1, groups of 32, scales by the rule"
+    )
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_to_teacher() -> None:
+    torch.manual_seed(2)
+    student, teacher = torch.randn(2, 3, 11, requires_grad=True), torch.randn(2, 3, 11, requires_grad=True)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    p = torch.distributions.Categorical(logits=teacher.double() / 2)
+    q = torch.distributions.Categorical(logits=student.double() / 2)
+    expected = 4 * torch.distributions.kl_divergence(p, q)[mask].mean()
+    loss = kl_to_teacher(student, teacher, 2.0, mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad[0, 0].double(), 2 * (q.probs - p.probs)[0, 0].detach() / 4, rtol=1e-4, atol=1e-7)
+    assert student.grad[~mask].abs().max() == 0
+    spoilt = student.detach().clone()
+    spoilt[0, 1] = float("nan")
+    assert kl_to_teacher(spoilt, teacher, 2.0, mask).item() == loss.item()
+    impossible = teacher.detach().clone()
+    impossible[..., 3] = -float("inf")
+    assert torch.isfinite(kl_to_teacher(student, impossible))
+    assert kl_to_teacher(teacher, teacher).item() == 0
+    assert kl_to_teacher(student, teacher, mask=torch.zeros(2, 3, dtype=torch.bool)).item() == 0
+    assert kl_to_teacher(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+    for arguments in ((student, teacher[:1]), (student, teacher, 0.0), (student, teacher, 1.0, mask[:1])):
+        with pytest.raises(InputError):
+            kl_to_teacher(*arguments)
