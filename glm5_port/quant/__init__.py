@@ -1,7 +1,8 @@
 """INT4: the quantiser that training, export and operators share, and how its codes are packed.
 
 int4      rules, quantize and dequantize, packed or not: one definition, the same bits on every device
-packing   bit layouts of 4-bit codes; canonical is that of compressed-tensors `pack-quantized`
+packing   the canonical bit layout, that of compressed-tensors `pack-quantized`
+layouts   codes and scales as GPTQ, AWQ, GGUF Q4_0 and ONNX store them
 """
 
 from glm5_port.quant.int4 import (

@@ -1,6 +1,6 @@
-"""Bit layouts of 4-bit codes.
+"""The canonical bit layout of 4-bit codes. Those of other formats are in `layouts`.
 
-Canonical, as compressed-tensors stores it (`pack-quantized`): one int32 word holds eight codes of one output row. Bits
+As compressed-tensors stores it (`pack-quantized`): one int32 word holds eight codes of one output row. Bits
 4j .. 4j+3 of word m hold element 8m + j as q + 8 (offset binary). The words lie little-endian, so the same memory seen as
 bytes holds element 2n in the low half of byte n and element 2n + 1 in the high half.
 
