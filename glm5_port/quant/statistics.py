@@ -6,7 +6,7 @@ Shape legend: O rows; I inputs; N groups; g weights of a group.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,8 +44,9 @@ class Statistics:
 
     def add(self, other: Statistics) -> None:
         """Adds another weight's, or another block's."""
-        for name, value in asdict(other).items():
-            setattr(self, name, max(self.max_error, value) if name == "max_error" else getattr(self, name) + value)
+        for name in self.__slots__:
+            mine, others = getattr(self, name), getattr(other, name)
+            setattr(self, name, max(mine, others) if name == "max_error" else mine + others)
 
     def summary(self) -> dict[str, Any]:
         """What a report shows."""
@@ -71,36 +72,45 @@ def total(parts: Iterable[Statistics]) -> Statistics:
     return result
 
 
-def measure(weight_OI: Tensor, quantized: Int4Tensor) -> Statistics:
+def measure(weight_OI: Tensor, quantized: Int4Tensor, *, requantize: bool) -> Statistics:
     """Compares rows of a weight with their codes and scales.
 
     Args:
         weight_OI: bfloat16, what was quantised.
-        quantized: what it became. Its first row is quantised once more from its own values: the rule `amax7` must give the same.
+        quantized: what it became.
+        requantize: quantise the values of the first row once more: the rule `amax7` must give the same codes and scales.
     """
     scales_N = quantized.scales.flatten().to(torch.float32)
     w_Ng = weight_OI.reshape(scales_N.numel(), -1)
     codes_Ng = quantized.codes.view(w_Ng.shape)
-    amax_N = w_Ng.view(torch.int16).bitwise_and(0x7FFF).amax(1)
-    values_Ng = (codes_Ng.to(torch.float32) * scales_N.unsqueeze(1)).to(torch.bfloat16)
+    # Few passes, in place: this runs over every weight of a model, beside the quantiser.
     wide_Ng = w_Ng.to(torch.float32)
-    errors_Ng = (wide_Ng - values_Ng.to(torch.float32)).abs_()
-    largest_N = errors_Ng.amax(1) / amax_N.view(torch.bfloat16).to(torch.float32)
-    largest_N[amax_N < SMALLEST_AMAX] = 0.0
-    first_row = values_Ng[: quantized.scales.shape[1]].reshape(1, -1)
-    again = quantize(first_row, quantized.rule)
-    different_IN = (again.codes != quantized.codes[:1]).view(quantized.scales.shape[1], -1).any(1)
-    different_IN |= again.scales[0] != quantized.scales[0]
+    values_Ng = codes_Ng.to(torch.float32).mul_(scales_N.unsqueeze(1)).to(torch.bfloat16)
+    errors_Ng = values_Ng.to(torch.float32).sub_(wide_Ng).abs_()
+    amax_N = wide_Ng.abs_().amax(1)
+    smallest = torch.tensor(SMALLEST_AMAX, dtype=torch.int16).view(torch.bfloat16).item()
+    ordinary_N = amax_N >= smallest
+    zero_N = amax_N == 0
+    largest_N = errors_Ng.amax(1).div_(amax_N).where(ordinary_N, 0.0)
+    groups = quantized.scales.shape[-1] if requantize else 0
+    unstable = _unstable_groups(values_Ng[:groups], quantized) if requantize else 0
     return Statistics(
         weights=w_Ng.numel(),
         groups=scales_N.numel(),
-        at_limit=int((codes_Ng.abs() >= 7).sum()),
-        zero_groups=int((amax_N == 0).sum()),
-        tiny_groups=int(((amax_N > 0) & (amax_N < SMALLEST_AMAX)).sum()),
-        fp16_unsafe_scales=int((scales_N.to(torch.float16).to(torch.float32) != scales_N).sum()),
+        at_limit=int(torch.count_nonzero(codes_Ng.abs() >= 7)),
+        zero_groups=int(torch.count_nonzero(zero_N)),
+        tiny_groups=int(torch.count_nonzero(~ordinary_N & ~zero_N)),
+        fp16_unsafe_scales=int(torch.count_nonzero(scales_N.to(torch.float16).to(torch.float32) != scales_N)),
         error_sum=float(errors_Ng.sum()),
-        magnitude_sum=float(wide_Ng.abs_().sum()),
+        magnitude_sum=float(wide_Ng.sum()),
         max_error=float(largest_N.amax()),
-        requantized_groups=different_IN.numel(),
-        unstable_groups=int(different_IN.sum()),
+        requantized_groups=groups,
+        unstable_groups=unstable,
     )
+
+
+def _unstable_groups(values_Ng: Tensor, quantized: Int4Tensor) -> int:
+    """Groups of the first row that come out different when their values are quantised again."""
+    again = quantize(values_Ng.reshape(1, -1), quantized.rule)
+    different_N = (again.codes != quantized.codes[:1]).view(values_Ng.shape).any(1) | (again.scales[0] != quantized.scales[0])
+    return int(torch.count_nonzero(different_N))

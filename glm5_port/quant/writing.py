@@ -23,7 +23,7 @@ from glm5_port.quant.journal import Journal
 from glm5_port.quant.plan import BF16, CARRY, INT4, Plan, PlannedTensor, Shard
 from glm5_port.quant.statistics import Statistics, measure, total
 
-BLOCK_WEIGHTS = 2**19
+BLOCK_WEIGHTS = 2**18
 """Weights that a worker takes at once. Fixed, not derived from the memory bound, so that sums of errors are the same for any."""
 
 Progress = Callable[[int, int, str], None]
@@ -171,7 +171,7 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _Op
             quantized = quantize(rows, plan.options.rule, name=place)
             for name, part in plan.format.encode(tensor.name, quantized.codes, quantized.scales).items():
                 outputs[name].append(as_bytes(part))
-            statistics.append(measure(rows, quantized))
+            statistics.append(measure(rows, quantized, requantize=first == 0))
         for name, part in plan.format.constants(tensor.name, tensor.source.shape).items():
             outputs[name].append(as_bytes(part))
     record: dict[str, Any] = {"source": source.hexdigest()}
