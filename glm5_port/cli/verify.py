@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from glm5_port.cli.output import print_json, print_text, progress
+from glm5_port.errors import InputError
 
 SHOWN = 30
 """Problems shown as text; --json has all."""
@@ -28,6 +29,8 @@ def verify(
     """Check an INT4 checkpoint: names, shapes, files, sha256, codes, scales, and its source. Exit 1 if anything is wrong."""
     from glm5_port.quant.verify import verify as check
 
+    if sample is not None and source is None:
+        raise InputError("--sample says how many tensors to compare with the source, but no --source is given")
     with progress("verify", 100) as advance:
         shown = 0
 

@@ -51,6 +51,7 @@ def test_commands_from_export_to_inspect(
     assert content["tensor"]["codes"]["-8"] == 0
     for directory in (destination, str(source)):
         assert command_line("inspect", directory, "--tensor", "model.norm.weight").code == 0
+    assert command_line("verify", destination, "--sample", "9").code == 2
     (Path(destination) / "tokenizer.json").write_text("other")
     bad = command_line("verify", destination)
     assert bad.code == 1
