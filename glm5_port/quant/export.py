@@ -78,7 +78,18 @@ def export(
         ExportError: the destination holds something else, cannot be written, or has too little room. Shards that were finished
             stay, and the same call goes on from there.
     """
-    plan = plan_export(source, options or Options())
+    return carry_out(plan_export(source, options or Options()), destination, workers=workers, memory=memory, progress=progress)
+
+
+def carry_out(
+    plan: Plan,
+    destination: str | PathLike[str],
+    *,
+    workers: int = 1,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+) -> Exported:
+    """Writes what a plan says; arguments and errors are those of `export`."""
     path = Path(destination)
     if workers < 1:
         raise InputError(f"workers = {workers}: it must be at least 1")
@@ -158,7 +169,7 @@ def fitting_workers(plan: Plan, workers: int, memory: int) -> int:
     """
     taken = _resident_bytes()
     widest = max(block_rows(plan, tensor)[0] * tensor.source.shape[-1] for tensor in plan.tensors if tensor.action != CARRY)
-    whole = 0 if plan.format.row_blocks else max(3 * tensor.source.bytes for tensor in plan.quantized)
+    whole = 0 if plan.format.row_blocks else max((3 * tensor.source.bytes for tensor in plan.quantized), default=0)
     each = BYTES_PER_WEIGHT * widest + whole + WORKER_BYTES
     records = 2000 * sum(len(tensor.outputs) for tensor in plan.tensors)
     fitting = (memory - taken - records) // each

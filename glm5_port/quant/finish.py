@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm5_port.model.stored_tensors import INDEX_FILE
+from glm5_port.quant.config_text import KEY
 from glm5_port.quant.files import copy_whole, write_whole
 from glm5_port.quant.manifest import MANIFEST, manifest_text
 from glm5_port.quant.plan import Plan
@@ -15,10 +15,13 @@ from glm5_port.quant.report import REPORT_JSON, REPORT_TEXT, make_report, report
 from glm5_port.quant.source_files import CONFIG, copied_files
 from glm5_port.quant.statistics import Statistics
 
+INDEX = ".safetensors.index.json"
+"""Ending of the name of the index."""
+
 
 def write_last_files(
     plan: Plan, path: Path, source: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Writes them in an order in which an unfinished export never looks like a finished one: config.json and the manifest last.
 
     Args:
@@ -28,16 +31,19 @@ def write_last_files(
         shards: shard -> what the journal recorded about it.
 
     Returns:
-        The report.
+        The report; None if nothing was quantised.
     """
     recorded = {name: record for entry in shards.values() for name, record in entry["tensors"].items()}
-    report = make_report(plan, {t.name: Statistics(**recorded[t.name]["statistics"]) for t in plan.quantized})
+    actions = {output.name: tensor.action for tensor in plan.tensors for output in tensor.outputs}
     texts = {
-        REPORT_JSON: json.dumps(report, indent=2) + "\n",
-        REPORT_TEXT: report_text(report),
-        INDEX_FILE: index_text(plan),
+        f"{plan.format.stem}{INDEX}": index_text(plan),
+        **plan.format.files(json.loads(plan.config_text).get(KEY), actions),
         CONFIG: plan.config_text,
     }
+    report = None
+    if plan.quantized:
+        report = make_report(plan, {t.name: Statistics(**recorded[t.name]["statistics"]) for t in plan.quantized})
+        texts = {REPORT_JSON: json.dumps(report, indent=2) + "\n", REPORT_TEXT: report_text(report)} | texts
     files = {shard.file: {"bytes": shard.bytes, "sha256": shards[shard.file]["sha256"]} for shard in plan.shards}
     for file in copied_files(plan):
         files[file.name] = {"bytes": file.stat().st_size, "sha256": copy_whole(file, path / file.name)}

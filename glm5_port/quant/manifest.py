@@ -28,17 +28,19 @@ _ROUNDING = {
 def describe(plan: Plan) -> dict[str, Any]:
     """What decides on the bytes of an export, apart from the source."""
     options = plan.options
+    rounding = _ROUNDING[options.rule.name] if plan.rule_known else "not known: codes and scales are those of the source"
+    carried = {} if plan.source_format is None else {"codes_from": plan.source_format.name, "rule_known": plan.rule_known}
     return {
         "schema": SCHEMA,
         "tool": f"glm5_port {glm5_port.__version__}",
         "format": options.format,
-        "rule": asdict(options.rule) | {"rounding": _ROUNDING[options.rule.name]},
+        "rule": asdict(options.rule) | {"rounding": rounding},
         "mtp": options.mtp if any(tensor.mtp for tensor in plan.tensors) else "none",
         "include": list(options.include),
         "exclude": list(options.exclude),
         "max_shard_bytes": options.max_shard_bytes,
         "expert_matrices": plan.experts(),
-    }
+    } | carried
 
 
 def manifest_text(

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from glm5_port.model.checkpoint import Checkpoint
 from glm5_port.model.checkpoint_check import differences, kept_in_float
 from glm5_port.model.stored_tensors import FLOATS, FP8, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
-from glm5_port.quant.config_text import with_quantization
+from glm5_port.quant.config_text import with_quantization, without_quantization
 from glm5_port.quant.formats import ITEM_BYTES, Format, OutputTensor, find_format
 from glm5_port.quant.int4 import Int4Rule
 
-INT4, BF16, CARRY = "int4", "bf16", "carry"
-"""What becomes of a stored tensor: quantised; multiplied out from block-FP8; or copied byte for byte."""
+INT4, REPACK, INT8, BF16, CARRY = "int4", "repack", "int8", "bf16", "carry"
+"""What becomes of a stored tensor: quantised; its INT4 codes and scales written in another layout; quantised to INT8 with a
+scale for each row; multiplied out from block-FP8; or copied byte for byte."""
 ROUTED_EXPERTS = "routed experts"
 UNKNOWN = "not known here"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -68,12 +69,13 @@ class PlannedTensor:
 
     Attributes:
         name: in the source.
-        action: "int4", "bf16" or "carry".
+        action: "int4", "repack", "int8", "bf16" or "carry".
         component: the part of the model it belongs to.
         mtp: whether it belongs to the MTP layer.
-        source: where it lies.
+        source: where it lies; of a repacked weight the shape [out, in], and how many bytes its parts have.
         multipliers: where its block-FP8 multipliers lie, if it has any.
         outputs: the tensors that are written for it.
+        parts: of a repacked weight, its stored tensors by name.
     """
 
     name: str
@@ -83,6 +85,7 @@ class PlannedTensor:
     source: StoredTensor
     multipliers: StoredTensor | None
     outputs: tuple[OutputTensor, ...]
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def layer(self) -> int | None:
@@ -129,6 +132,8 @@ class Plan:
         block: rows and columns of a block of the source's block-FP8, if it is quantised.
         has_weights: False when it was planned from a config.json alone and can only be looked at.
         notes: what is worth knowing, one sentence each.
+        source_format: the INT4 format of the source; None if it is not INT4.
+        rule_known: False for an INT4 source that does not say by which rule it was quantised.
     """
 
     source: Path
@@ -140,6 +145,8 @@ class Plan:
     block: tuple[int, int] | None
     has_weights: bool
     notes: tuple[str, ...]
+    source_format: Format | None = None
+    rule_known: bool = True
 
     @property
     def format(self) -> Format:
@@ -158,12 +165,13 @@ class Plan:
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:
-        """The tensors that are quantised."""
+        """The tensors that are quantised to INT4."""
         return tuple(tensor for tensor in self.tensors if tensor.action == INT4)
 
     def experts(self) -> dict[str, int]:
-        """Expert matrices that are quantised: {"trunk": 57600, "mtp": 768} for GLM-5."""
-        counts = Counter("mtp" if tensor.mtp else "trunk" for tensor in self.quantized if tensor.component == ROUTED_EXPERTS)
+        """Expert matrices that are written in INT4: {"trunk": 57600, "mtp": 768} for GLM-5."""
+        written = (tensor for tensor in self.tensors if tensor.action in (INT4, REPACK))
+        counts = Counter("mtp" if tensor.mtp else "trunk" for tensor in written if tensor.component == ROUTED_EXPERTS)
         return {"trunk": counts["trunk"], "mtp": counts["mtp"]}
 
 
@@ -180,6 +188,7 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
     """
     path = Path(source)
     notes: list[str] = []
+    options = fitting_options(options, notes)
     if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors*"))):
         config = Glm5Config.from_json(path)
         stored, has_weights = _described(config), False
@@ -190,7 +199,8 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
             _check_source(checkpoint, notes)
     if config.int4 is not None:
         raise InputError(
-            f"{path} is INT4 already: there is nothing to quantise\n  expected: a bf16, fp16, fp32 or block-FP8 checkpoint"
+            f"{path} is INT4 already: there is nothing to quantise (glm5-port transcode writes it in another format)\n"
+            "  expected: a bf16, fp16, fp32 or block-FP8 checkpoint"
         )
     config_file = path if path.is_file() else path / "config.json"
     tensors = tuple(_planned(config, stored, options))
@@ -201,8 +211,8 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
         config=config,
         options=options,
         tensors=tensors,
-        shards=_shards(tensors, options.max_shard_bytes),
-        config_text=with_quantization(config_file.read_text(encoding="utf-8"), _config_block(config, tensors, options)),
+        shards=make_shards(tensors, options),
+        config_text=config_with(config_file.read_text(encoding="utf-8"), config_block(config, tensors, options)),
         block=block,
         has_weights=has_weights,
         notes=tuple(notes),
@@ -265,6 +275,8 @@ def _planned(config: Glm5Config, stored: Mapping[str, StoredTensor], options: Op
         if action == INT4:
             output_format.check(name, tensor.shape, options.rule)
             outputs = output_format.tensors(name, tensor.shape, options.rule)
+        elif action == INT8:
+            outputs = int8_tensors(name, tensor.shape)
         else:
             dtype = "BF16" if action == BF16 else tensor.dtype
             size = OutputTensor.of(name, dtype, tensor.shape).bytes if dtype in ITEM_BYTES else tensor.bytes
@@ -286,8 +298,11 @@ def _action(name: str, tensor: StoredTensor, spec: TensorSpec | None, in_mtp: bo
     chosen = spec is not None and spec.component == ROUTED_EXPERTS and not (in_mtp and options.mtp == BF16)
     if spec is not None and spec.kind == PROJECTION:
         chosen = chosen or any(re.search(pattern, name) for pattern in options.include)
-    if chosen and not any(re.search(pattern, name) for pattern in options.exclude):
+    excluded = any(re.search(pattern, name) for pattern in options.exclude)
+    if chosen and not excluded:
         return INT4
+    if is_int8(name, spec, in_mtp, options) and not excluded:
+        return INT8
     return BF16 if spec is not None and tensor.dtype == FP8 else CARRY
 
 
@@ -304,20 +319,51 @@ def _check_patterns(tensors: Iterable[PlannedTensor], options: Options) -> None:
         raise InputError("nothing would be quantised: this model has no routed experts, or all of them are excluded")
 
 
-def _config_block(config: Glm5Config, tensors: Sequence[PlannedTensor], options: Options) -> dict[str, object]:
+def fitting_options(options: Options, notes: list[str]) -> Options:
+    """The options, with the MTP layer in bf16 where the format has it no other way."""
+    output_format = find_format(options.format)
+    if output_format.mtp or options.mtp == BF16:
+        return options
+    notes.append(f"the MTP layer is carried as it is: {output_format.name} never has it quantised")
+    return replace(options, mtp=BF16)
+
+
+def is_int8(name: str, spec: TensorSpec | None, in_mtp: bool, options: Options) -> bool:
+    """Whether a tensor that is not quantised to INT4 is quantised to INT8."""
+    return spec is not None and spec.kind == PROJECTION and not in_mtp and find_format(options.format).is_int8(name)
+
+
+def int8_tensors(name: str, shape: Sequence[int]) -> tuple[OutputTensor, ...]:
+    """The tensors that stand for an INT8 weight: codes, a scale for each row, and offsets, all zero."""
+    column = (shape[0], 1)
+    return (
+        OutputTensor.of(name, "I8", shape),
+        OutputTensor.of(name + "_scale", "F32", column),
+        OutputTensor.of(name + "_offset", "F32", column),
+    )
+
+
+def config_with(text: str, block: Mapping[str, object] | None) -> str:
+    """The text of config.json with the quantization_config of the output, or without any."""
+    return without_quantization(text) if block is None else with_quantization(text, block)
+
+
+def config_block(config: Glm5Config, tensors: Sequence[PlannedTensor], options: Options) -> dict[str, object] | None:
+    """The quantization_config of the output; None if it has none."""
     modules: dict[str, list[str]] = {INT4: [], CARRY: []}
     for tensor in tensors:
         is_module = tensor.name.endswith(".weight") and len(tensor.source.shape) == 2 and tensor.component != "embedding"
-        if is_module and tensor.source.dtype in (*FLOATS, FP8):
-            modules[INT4 if tensor.action == INT4 else CARRY].append(tensor.name.removesuffix(".weight"))
+        if is_module and (tensor.action == REPACK or tensor.source.dtype in (*FLOATS, FP8)):
+            modules[INT4 if tensor.action in (INT4, REPACK) else CARRY].append(tensor.name.removesuffix(".weight"))
     return find_format(options.format).config(options.rule, modules[INT4], modules[CARRY], config.mtp_layer)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------
 
 
-def _shards(tensors: Sequence[PlannedTensor], most: int) -> tuple[Shard, ...]:
+def make_shards(tensors: Sequence[PlannedTensor], options: Options) -> tuple[Shard, ...]:
     """Fills shards in order; the tensors that stand for one weight stay together."""
+    most, stem = options.max_shard_bytes, find_format(options.format).stem
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -327,7 +373,7 @@ def _shards(tensors: Sequence[PlannedTensor], most: int) -> tuple[Shard, ...]:
         groups[-1].append(tensor)
         size += tensor.bytes
     return tuple(
-        _shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, start=1)
+        _shard(f"{stem}-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, start=1)
     )
 
 

@@ -10,6 +10,8 @@ from glm5_port.model.stored_tensors import INDEX_FILE
 from glm5_port.quant.plan import Plan
 
 CONFIG = "config.json"
+_QUANTIZATION = ("quantize_config.json", "quant_config.json", "quant_model_description.json")
+"""What other formats say about their weights: it would not be true of ours."""
 _WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -44,7 +46,7 @@ def source_identity(plan: Plan) -> dict[str, Any]:
 
 
 def _is_copied(file: Path) -> bool:
-    own = file.name in (CONFIG, INDEX_FILE) or file.name.startswith("int4_")
+    own = file.name in (CONFIG, INDEX_FILE, *_QUANTIZATION) or file.name.startswith("int4_")
     return file.is_file() and not own and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,7 @@ from glm5_port.errors import InputError
 from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.files import Reader
-from glm5_port.quant.formats import Format, find_format
-from glm5_port.quant.formats.compressed_tensors import ignores
+from glm5_port.quant.formats import Format
 from glm5_port.quant.int4 import Int4Rule
 
 
@@ -49,7 +47,14 @@ class Structure:
 
 
 def read_structure(
-    config: Glm5Config, block: Any, stored: StoredTensors, rule: Int4Rule, *, mtp_absent: bool = False
+    config: Glm5Config,
+    block: Any,
+    stored: StoredTensors,
+    rule: Int4Rule,
+    output_format: Format,
+    *,
+    mtp_absent: bool = False,
+    check_config: bool = True,
 ) -> Structure:
     """Finds the quantised weights and compares everything with what the model needs.
 
@@ -58,9 +63,11 @@ def read_structure(
         block: quantization_config of config.json; None if there is none.
         stored: headers of the files.
         rule: tells the group size.
+        output_format: they are stored in.
         mtp_absent: the source had no MTP layer, so none is missing.
+        check_config: whether `block` must say what the tensors are.
     """
-    structure = Structure(find_format("compressed-tensors"), rule)
+    structure = Structure(output_format, rule)
     expected = expected_tensors(config, mtp=config.mtp_layer is not None)
     prefix = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
     if prefix is not None and not any(name.startswith(prefix) for name in (*stored.tensors, *stored.unreadable)):
@@ -76,7 +83,12 @@ def read_structure(
         else:
             _check_plain(structure, name, spec, stored)
     structure.mtp_quantized = prefix is not None and any(name.startswith(prefix) for name in structure.weights)
-    _check_config(structure, block, expected, quantized, config)
+    if check_config:
+        modules: dict[bool, list[str]] = {True: [], False: []}
+        for name, spec in expected.items():
+            if name.endswith(".weight") and len(spec.shape) == 2 and spec.component != "embedding":
+                modules[name in quantized].append(name.removesuffix(".weight"))
+        structure.problems += structure.format.config_problems(block, rule, modules[True], modules[False], config.mtp_layer)
     return structure
 
 
@@ -123,46 +135,3 @@ def _check_plain(structure: Structure, name: str, spec: TensorSpec, stored: Stor
         structure.problems.append(f"{name} is {list(tensor.shape)}; expected {list(spec.shape)}")
     elif tensor.dtype not in (("F32",) if spec.kind == FLOAT32 else FLOATS):
         structure.problems.append(f"{name} is stored as {tensor.dtype}; expected {'F32' if spec.kind == FLOAT32 else 'BF16'}")
-
-
-def _check_config(
-    structure: Structure, block: Any, expected: Mapping[str, TensorSpec], quantized: set[str], config: Glm5Config
-) -> None:
-    """quantization_config must say what the tensors are, or loaders take them for something else."""
-    if not isinstance(block, dict):
-        structure.problems.append("config.json has no quantization_config: loaders would look for weights that are not quantised")
-        return
-    wanted = structure.format.config(structure.rule, [], [], config.mtp_layer)
-    for key, value in wanted.items():
-        if key not in ("ignore", "config_groups") and value is not None and block.get(key) != value:
-            structure.problems.append(f"config.json: quantization_config.{key} = {block.get(key)!r}; expected {value!r}")
-    try:
-        (group,) = block["config_groups"].values()
-        weights, targets = group["weights"], group["targets"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        structure.problems.append("config.json: quantization_config.config_groups must hold one group with weights and targets")
-        return
-    if targets != ["Linear"]:
-        structure.problems.append(f"config.json: targets = {targets!r}; expected ['Linear']")
-    for key in ("num_bits", "type", "symmetric", "strategy", "group_size"):
-        value = wanted["config_groups"]["group_0"]["weights"][key]
-        if weights.get(key) != value:
-            structure.problems.append(f"config.json: weights.{key} = {weights.get(key)!r}; the tensors have {value!r}")
-    _check_ignored(structure, block.get("ignore"), expected, quantized)
-
-
-def _check_ignored(structure: Structure, ignored: Any, expected: Mapping[str, TensorSpec], quantized: set[str]) -> None:
-    """`ignore` must name every matrix that is not quantised, and none that is."""
-    entries = [str(entry) for entry in ignored] if isinstance(ignored, list) else []
-    both, neither = [], []
-    for name, spec in expected.items():
-        module = name.removesuffix(".weight")
-        if len(spec.shape) == 2 and spec.component != "embedding" and module != name:
-            named = any(ignores(entry, module) for entry in entries)
-            if named and name in quantized:
-                both.append(module)
-            elif not named and name not in quantized:
-                neither.append(module)
-    for modules, text in ((both, "names modules that are quantised"), (neither, "does not name modules that are not quantised")):
-        if modules:
-            structure.problems.append(f"config.json: ignore {text} ({len(modules):,}), for example {modules[0]}")

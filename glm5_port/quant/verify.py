@@ -26,13 +26,14 @@ from glm5_port.errors import CheckpointError, Glm5PortError
 from glm5_port.model.stored_tensors import StoredTensor, StoredTensors, read_directory
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.config_text import KEY, without_quantization
-from glm5_port.quant.files import Reader, as_bytes, as_tensor, hash_file
-from glm5_port.quant.formats.compressed_tensors import group_sizes
-from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, quantize
+from glm5_port.quant.files import Reader, as_tensor, hash_file
+from glm5_port.quant.formats import Format, find_format, format_of, stored_group_size
+from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, PlannedTensor, plan_export
 from glm5_port.quant.structure import Structure, read_structure
-from glm5_port.quant.writing import read_rows
+from glm5_port.quant.transcode import is_int4, plan_transcode
+from glm5_port.quant.writing import made
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, name of the tensor)."""
@@ -82,12 +83,19 @@ def verify(
         raise CheckpointError(f"{directory} is not a directory\n  expected: the directory of an INT4 checkpoint")
     raw = read_json(directory)
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
-    stored = read_directory(directory)
     manifest = read_manifest(directory)
+    if manifest is not None and not find_format(manifest["format"]).verifiable:
+        raise CheckpointError(
+            f"{directory} is of format {manifest['format']}, which verify does not read yet\n  its weights can be checked by "
+            "exporting or transcoding again elsewhere: the same source and options give the same bytes"
+        )
+    stored = read_directory(directory)
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
-    rule = _rule(manifest, stored, result)
-    structure = read_structure(config, raw.get(KEY), stored, rule, mtp_absent=bool(manifest and manifest.get("mtp") == "none"))
+    output_format = format_of(raw.get(KEY), manifest)
+    rule = _rule(manifest, output_format, stored, result)
+    mtp_absent = bool(manifest and manifest.get("mtp") == "none")
+    structure = read_structure(config, raw.get(KEY), stored, rule, output_format, mtp_absent=mtp_absent)
     result.problems += structure.problems
     result.checked.append(f"{len(stored.tensors):,} tensors: names, shapes, dtypes, index, config.json")
     _note_strangers(config, stored, structure, result)
@@ -140,14 +148,12 @@ def _gather(result: Verified, found: Iterable[list[str]]) -> None:
         result.problems += problems
 
 
-def _rule(manifest: Mapping[str, Any] | None, stored: StoredTensors, result: Verified) -> Int4Rule:
+def _rule(manifest: Mapping[str, Any] | None, output_format: Format, stored: StoredTensors, result: Verified) -> Int4Rule:
     """The rule that the manifest records; without one, amax7 with the group size that most tensors have."""
     if manifest is not None:
         return rule_of(manifest)
     result.notes.append("there is no manifest that names the rule: amax7 is assumed")
-    sizes, one_per_row = group_sizes(stored.tensors)
-    (size, _), *_ = sizes.most_common(1) or [(32, 0)]
-    return Int4Rule("amax7", PER_CHANNEL if one_per_row else size)
+    return Int4Rule("amax7", stored_group_size(output_format, stored.tensors))
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------------
@@ -238,7 +244,10 @@ def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tupl
     tensors = structure.weights[name]
     rows = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) == 2)
     widest = max(tensor.bytes // max(tensor.shape[0], 1) for tensor in tensors.values() if len(tensor.shape) == 2)
-    step = max(1, 4 * BLOCK_WORDS // max(widest, 1)) if structure.format.row_blocks else rows
+    if not structure.format.row_blocks:
+        yield structure.format.decode({key: reader.whole(tensor) for key, tensor in tensors.items()}, name)
+        return
+    step = max(1, 4 * BLOCK_WORDS // max(widest, 1))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         read = {}
@@ -254,7 +263,7 @@ def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tupl
 
 
 def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure, result: Verified) -> Plan:
-    """The plan by which this checkpoint must have been exported."""
+    """The plan by which this checkpoint must have been exported, or transcoded."""
     if manifest is not None:
         options = Options(
             format=manifest["format"],
@@ -265,8 +274,8 @@ def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure
             max_shard_bytes=manifest["max_shard_bytes"],
         )
     else:
-        options = Options(rule=structure.rule, mtp=INT4 if structure.mtp_quantized else BF16)
-    plan = plan_export(source, options)
+        options = Options(structure.format.name, structure.rule, mtp=INT4 if structure.mtp_quantized else BF16)
+    plan = plan_transcode(source, options) if is_int4(source) else plan_export(source, options)
     if not plan.has_weights:
         raise CheckpointError(f"{source} holds no weights to compare with")
     return plan
@@ -295,7 +304,7 @@ def _compare_tensor(plan: Plan, tensor: PlannedTensor, stored: StoredTensors, gi
     places = dict.fromkeys(outputs, 0)
     wrong = dict.fromkeys(outputs, 0)
     try:
-        for name, data in _made_again(plan, tensor, given):
+        for name, data in made(plan, tensor, given):
             there = outputs[name]
             if there is not None:
                 count = min(len(data), max(0, there.bytes - places[name]))
@@ -304,21 +313,3 @@ def _compare_tensor(plan: Plan, tensor: PlannedTensor, stored: StoredTensors, gi
     except Glm5PortError as error:
         return [f"{tensor.name}: {error}"]
     return [f"{name} is not what the source gives" for name, blocks in wrong.items() if blocks]
-
-
-def _made_again(plan: Plan, tensor: PlannedTensor, given: Reader) -> Iterator[tuple[str, memoryview]]:
-    """(output tensor, its next bytes)"""
-    if tensor.action not in (INT4, BF16):
-        for chunk in given.chunks(tensor.source):
-            yield tensor.name, memoryview(chunk)
-        return
-    for _, rows in read_rows(plan, tensor, given):
-        if tensor.action == BF16:
-            yield tensor.name, as_bytes(rows)
-            continue
-        quantized = quantize(rows, plan.options.rule, name=tensor.name)
-        for name, part in plan.format.encode(tensor.name, quantized.codes, quantized.scales).items():
-            yield name, as_bytes(part)
-    if tensor.action == INT4:
-        for name, part in plan.format.constants(tensor.name, tensor.source.shape).items():
-            yield name, as_bytes(part)

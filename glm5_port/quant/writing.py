@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_port.errors import InputError
 from glm5_port.model.block_fp8 import dequantize_rows
+from glm5_port.operators.int4 import quantize_rows
 from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, write_at
+from glm5_port.quant.formats import exact_scales
 from glm5_port.quant.int4 import quantize
 from glm5_port.quant.journal import Journal
-from glm5_port.quant.plan import BF16, CARRY, INT4, Plan, PlannedTensor, Shard
+from glm5_port.quant.plan import BF16, CARRY, INT4, INT8, REPACK, Plan, PlannedTensor, Shard
 from glm5_port.quant.statistics import Statistics, measure, total
 
 BLOCK_WEIGHTS = 2**18
@@ -158,25 +161,74 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _Op
     outputs = {output.name: _Output(target, output.name) for output in tensor.outputs}
     source = hashlib.sha256()
     statistics: list[Statistics] = []
-    if tensor.action == CARRY:
-        for chunk in reader.chunks(tensor.source):
-            source.update(chunk)
-            outputs[tensor.name].append(memoryview(chunk))
-    elif tensor.action == BF16:
-        for _, rows in read_rows(plan, tensor, reader, source.update):
-            outputs[tensor.name].append(as_bytes(rows))
-    else:
-        for first, rows in read_rows(plan, tensor, reader, source.update):
-            place = f"{tensor.name}{f', rows from {first}' if first else ''}"
-            quantized = quantize(rows, plan.options.rule, name=place)
-            for name, part in plan.format.encode(tensor.name, quantized.codes, quantized.scales).items():
-                outputs[name].append(as_bytes(part))
-            statistics.append(measure(rows, quantized, requantize=first == 0))
-        for name, part in plan.format.constants(tensor.name, tensor.source.shape).items():
-            outputs[name].append(as_bytes(part))
+    for name, data in made(plan, tensor, reader, source.update, statistics):
+        outputs[name].append(data)
     record: dict[str, Any] = {"source": source.hexdigest()}
     record["outputs"] = {name: output.digest.hexdigest() for name, output in outputs.items()}
     return record | ({"statistics": asdict(total(statistics))} if statistics else {})
+
+
+def made(
+    plan: Plan,
+    tensor: PlannedTensor,
+    reader: Reader,
+    seen: Callable[[bytearray], None] = lambda _: None,
+    statistics: list[Statistics] | None = None,
+) -> Iterator[tuple[str, memoryview]]:
+    """(output tensor, its next bytes) of what stands for one source tensor.
+
+    Args:
+        plan: what is made.
+        tensor: which one.
+        reader: of the source.
+        seen: called with all stored bytes that are read.
+        statistics: what quantising did is added here.
+    """
+    if tensor.action == CARRY:
+        for chunk in reader.chunks(tensor.source):
+            seen(chunk)
+            yield tensor.name, memoryview(chunk)
+    elif tensor.action == BF16:
+        for _, rows in read_rows(plan, tensor, reader, seen):
+            yield tensor.name, as_bytes(rows)
+    elif tensor.action == INT8:
+        for first, rows in read_rows(plan, tensor, reader, seen):
+            codes, scales = quantize_rows(rows)
+            if bad := int(scales.isnan().sum()):
+                raise InputError(f"{tensor.name}: {bad:,} rows from row {first} on hold NaN or infinity: the source is broken")
+            names = (output.name for output in tensor.outputs)
+            for name, part in zip(names, (codes, scales, torch.zeros_like(scales)), strict=True):
+                yield name, as_bytes(part)
+    else:
+        for codes, scales in _codes(plan, tensor, reader, seen, statistics):
+            for name, part in plan.format.encode(tensor.name, codes, scales).items():
+                yield name, as_bytes(part)
+        for name, part in plan.format.constants(tensor.name, tensor.source.shape).items():
+            yield name, as_bytes(part)
+
+
+def _codes(
+    plan: Plan,
+    tensor: PlannedTensor,
+    reader: Reader,
+    seen: Callable[[bytearray], None],
+    statistics: list[Statistics] | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(codes, bfloat16 scales) of blocks of rows: quantised, or as an INT4 source has them."""
+    if plan.source_format is not None:
+        read = {}
+        for name, part in tensor.parts.items():
+            stored = reader.bytes(part, 0, part.bytes)
+            seen(stored)
+            read[name] = as_tensor(stored, part.dtype, part.shape)
+        codes, scales = plan.source_format.decode(read, tensor.name)
+        yield codes, exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name)
+        return
+    for first, rows in read_rows(plan, tensor, reader, seen):
+        quantized = quantize(rows, plan.options.rule, name=f"{tensor.name}{f', rows from {first}' if first else ''}")
+        yield quantized.codes, quantized.scales
+        if statistics is not None:
+            statistics.append(measure(rows, quantized, requantize=first == 0))
 
 
 def read_rows(
@@ -213,6 +265,6 @@ def block_rows(plan: Plan, tensor: PlannedTensor) -> tuple[int, int]:
     """(rows of a block, rows that blocks must be a multiple of) of a matrix that is not carried."""
     multiple = 1 if tensor.multipliers is None or plan.block is None else plan.block[0]
     rows, columns = tensor.source.shape
-    if not plan.format.row_blocks and tensor.action == INT4:
+    if tensor.action == REPACK or (tensor.action == INT4 and not plan.format.row_blocks):
         return rows, multiple
     return min(rows, max(1, BLOCK_WEIGHTS // columns // multiple) * multiple), multiple

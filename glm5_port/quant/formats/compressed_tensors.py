@@ -11,8 +11,7 @@ Source: compressed-tensors 0.20.0, compressors/pack_quantized; int32 shapes as K
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +43,9 @@ class CompressedTensors:
     name = "compressed-tensors"
     title = "compressed-tensors pack-quantized: transformers, vLLM, SGLang, vllm-ascend, kt-kernel"
     row_blocks = True
+    stem = "model"
+    verifiable = True
+    mtp = True
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:
         """Refuses a weight that is no matrix of whole groups and whole words."""
@@ -67,6 +69,14 @@ class CompressedTensors:
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The shape tensor."""
         return {name + SHAPE: torch.tensor(shape, dtype=torch.int32)}
+
+    def is_int8(self, name: str) -> bool:
+        """None is."""
+        return False
+
+    def files(self, block: Mapping[str, Any] | None, outputs: Mapping[str, str]) -> dict[str, str]:
+        """None."""
+        return {}
 
     def config(self, rule: Int4Rule, quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> dict[str, Any]:
         """The block of config.json. Top-level `format` and targets ["Linear"] are what SGLang's classes look for."""
@@ -96,10 +106,44 @@ class CompressedTensors:
             "ignore": ignore_list(quantized, kept, mtp_layer),
         }
 
+    def config_problems(
+        self, block: Any, rule: Int4Rule, quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None
+    ) -> list[str]:
+        """quantization_config must say what the tensors are, or loaders take them for something else."""
+        if not isinstance(block, dict):
+            return ["config.json has no quantization_config: loaders would look for weights that are not quantised"]
+        wanted, problems = self.config(rule, [], [], mtp_layer), []
+        for key, value in wanted.items():
+            if key not in ("ignore", "config_groups") and value is not None and block.get(key) != value:
+                problems.append(f"config.json: quantization_config.{key} = {block.get(key)!r}; expected {value!r}")
+        try:
+            (group,) = block["config_groups"].values()
+            weights, targets = group["weights"], group["targets"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return [*problems, "config.json: quantization_config.config_groups must hold one group with weights and targets"]
+        if targets != ["Linear"]:
+            problems.append(f"config.json: targets = {targets!r}; expected ['Linear']")
+        for key in ("num_bits", "type", "symmetric", "strategy", "group_size"):
+            value = wanted["config_groups"]["group_0"]["weights"][key]
+            if weights.get(key) != value:
+                problems.append(f"config.json: weights.{key} = {weights.get(key)!r}; the tensors have {value!r}")
+        ignored = block.get("ignore")
+        entries = [str(entry) for entry in ignored] if isinstance(ignored, list) else []
+        return problems + left_out_problems(
+            "ignore", lambda module: any(ignores(entry, module) for entry in entries), quantized, kept
+        )
+
     def weights(self, tensors: Mapping[str, Any]) -> list[str]:
         """Weights of which a packed, scale or shape tensor is stored."""
         endings = tuple(f".weight{part}" for part in (PACKED, SCALE, SHAPE))
         return list(dict.fromkeys(name[: name.rindex("_")] for name in tensors if name.endswith(endings)))
+
+    def group_size(self, tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, int] | None:
+        """From the widths of the packed and of the scale tensor."""
+        packed, scale = tensors.get(name + PACKED), tensors.get(name + SCALE)
+        if packed is None or scale is None or not len(packed.shape) == len(scale.shape) == 2 or not scale.shape[1]:
+            return None
+        return packed.shape[1] * CODES_PER_WORD // scale.shape[1], scale.shape[1]
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
         """Codes and scales of a weight.
@@ -111,23 +155,6 @@ class CompressedTensors:
         if packed.dim() != 2 or scales.dim() != 2 or packed.shape[0] != scales.shape[0]:
             raise CheckpointError(f"{name}: packed {list(packed.shape)} and scale {list(scales.shape)} are not of one matrix")
         return unpack_int4(packed), scales
-
-
-def group_sizes(tensors: Mapping[str, StoredTensor]) -> tuple[Counter[int], bool]:
-    """(group size -> how many weights have it, whether every weight has one scale per row and they differ in width)."""
-    sizes: Counter[int] = Counter()
-    rows_only = True
-    for name, packed in tensors.items():
-        scale = tensors.get(name.removesuffix(PACKED) + SCALE)
-        if (
-            name.endswith(".weight" + PACKED)
-            and scale is not None
-            and len(packed.shape) == len(scale.shape) == 2
-            and scale.shape[1]
-        ):
-            sizes[packed.shape[1] * CODES_PER_WORD // scale.shape[1]] += 1
-            rows_only = rows_only and scale.shape[1] == 1
-    return sizes, rows_only and len(sizes) > 1
 
 
 def ignore_list(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> list[str]:
@@ -142,6 +169,20 @@ def ignore_list(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | 
     patterns = list(_IGNORED) if mtp_layer is None else [*_IGNORED, rf"re:.*layers\.{mtp_layer}\..*"]
     whole = [pattern for pattern in patterns if not any(ignores(pattern, module) for module in quantized)]
     return whole + [module for module in kept if not any(ignores(pattern, module) for pattern in whole)]
+
+
+def left_out_problems(key: str, named: Callable[[str], bool], quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """The list of what is not quantised must name every kept module, and no quantised one.
+
+    Args:
+        key: what the list is called.
+        named: whether it names a module.
+        quantized: modules that are.
+        kept: matrices that are not.
+    """
+    both, neither = [m for m in quantized if named(m)], [m for m in kept if not named(m)]
+    texts = ((both, "names modules that are quantised"), (neither, "does not name modules that are not quantised"))
+    return [f"config.json: {key} {text} ({len(modules):,}), for example {modules[0]}" for modules, text in texts if modules]
 
 
 def ignores(entry: str, module: str) -> bool:
