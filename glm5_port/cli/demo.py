@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from glm5_port.cli.demo_int4 import MODEL, int4_chapter
 from glm5_port.cli.output import print_json, print_table, print_text
 
 PROMPT_BYTES = 480
@@ -21,9 +22,12 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option("--keep", metavar="FOLDER", help="Write the small checkpoint here and keep it.")
     ] = None,
+    model: Annotated[
+        Path, typer.Option("--model", metavar="CHECKPOINT", help="A trained checkpoint with a byte tokenizer, for the INT4 part.")
+    ] = MODEL,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")] = False,
 ) -> None:
-    """Show the backends, run a small GLM-5.2 on real text, compare it with transformers, and run parity."""
+    """Show the backends, run a small GLM-5.2 on real text against transformers, run parity, and ship INT4."""
     say = (lambda *_: None) if as_json else print_text
     with tempfile.TemporaryDirectory() as scratch:
         directory = keep or Path(scratch) / "tiny-glm-5.2"
@@ -31,8 +35,10 @@ def demo(
             "backends": _backends(say),
             "agreement": _agreement(say, directory),
             "parity": _parity(say, show=not as_json),
+            "int4": _int4(say, model, Path(scratch)),
         }
-    report["passed"] = report["agreement"]["passed"] and not report["parity"]["failed"]
+    int4_failed = report["int4"] is not None and not report["int4"]["passed"]
+    report["passed"] = report["agreement"]["passed"] and not report["parity"]["failed"] and not int4_failed
     if as_json:
         print_json(report)
     else:
@@ -112,6 +118,15 @@ def _parity(say: Any, *, show: bool) -> dict[str, Any]:
     return {key: report[key] for key in ("backend", "passed", "failed", "declined", "unavailable", "summary", "matrix")}
 
 
+def _int4(say: Any, model: Path, scratch: Path) -> dict[str, Any] | None:
+    """The INT4 chapter, or None (said plainly) where the trained model is not at hand: it lies in the repository, not in the
+    installed package."""
+    if not model.is_dir():
+        say(f"4. INT4: NOT SHOWN, because {model} is not here. Run the demo in a clone of the repository, or give --model.\n")
+        return None
+    return int4_chapter(say, model, scratch)
+
+
 def _where_next(keep: Path | None) -> None:
     checkpoint = str(keep or "CHECKPOINT")
     hint = "written by this demo" if keep else "glm5-port demo --keep FOLDER writes one"
@@ -123,6 +138,6 @@ def _where_next(keep: Path | None) -> None:
         ("docs/adding-a-backend.md", "bring your own chip"),
     ]
     width = max(len(command) for command, _ in commands)
-    print_text("\n4. Where to go next\n")
+    print_text("\n5. Where to go next\n")
     for command, meaning in commands:
         print_text(f"   {command:{width}}   {meaning}")

@@ -190,6 +190,14 @@ def test_generated_docs_are_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make docs`"
 
 
+def test_demo_says_when_the_trained_model_is_not_at_hand(tmp_path: Path) -> None:
+    from glm5_port.cli.demo import _int4
+
+    said: list[str] = []
+    assert _int4(said.append, tmp_path / "nowhere", tmp_path) is None
+    assert "NOT SHOWN" in said[0]
+
+
 @pytest.mark.slow
 def test_demo_passes_and_keeps_its_checkpoint(command_line, tmp_path: Path) -> None:
     done = command_line("demo", "--keep", str(tmp_path / "kept"), "--json")
@@ -197,4 +205,7 @@ def test_demo_passes_and_keeps_its_checkpoint(command_line, tmp_path: Path) -> N
     report = json.loads(done.out)
     assert report["agreement"]["passed"]
     assert report["parity"]["failed"] == 0
+    assert report["int4"]["bytes_of_training_are_bytes_of_export"]
+    first, *_, last = report["int4"]["bits_per_byte_on_the_training_bytes"]
+    assert last < first
     assert (tmp_path / "kept" / "config.json").is_file()
