@@ -25,7 +25,9 @@ def export(
         Path, typer.Argument(metavar="SRC", help="A bf16 or block-FP8 checkpoint; for --dry-run also a config.json.")
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],
-    format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="Output format.")] = "compressed-tensors",
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq or modelslim.")
+    ] = "compressed-tensors",
     rule: Annotated[str, typer.Option("--rule", help="How weights are quantised: amax7, signed8 or mse.")] = "amax7",
     group_size: Annotated[int, typer.Option("--group-size", help="Weights that share a scale; -1 is a whole row.")] = 32,
     mtp: Annotated[str, typer.Option("--mtp", help="int4, or bf16 to carry the MTP layer as it is.")] = "int4",
@@ -59,7 +61,7 @@ def export(
     if dry_run:
         plan = plan_export(source, options)
         description = describe(plan, destination)
-        print_json(description) if as_json else _print_plan(plan, description)
+        print_json(description) if as_json else print_plan(plan, description)
         if not description["disk"]["enough"]:
             raise typer.Exit(1)
         return
@@ -112,7 +114,8 @@ def describe(plan: Plan, destination: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_plan(plan: Plan, d: dict[str, Any]) -> None:
+def print_plan(plan: Plan, d: dict[str, Any]) -> None:
+    """What --dry-run prints: the plan, and its description for the numbers."""
     from glm5_port.quant.sizes import show_bytes
 
     experts = d["expert_matrices"]

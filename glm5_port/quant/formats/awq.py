@@ -1,7 +1,8 @@
 """AWQ, layout "gemm": what AutoAWQ, vLLM, SGLang and transformers load as `quant_method: awq`.
 
 Per weight P.weight [out, in] with codes q in -8..7, stored unsigned as q + 8 with the zero point 8:
-    P.qweight  int32 [in, out / 8]     nibble j (bits 4j .. 4j+3) of word [k, m] is output 8 m + ORDER[j] of input k
+    P.qweight  int32 [in, out / 8]     nibble j (bits 4j .. 4j+3) of word [k, m] is, of input k, output
+                                       8 m + (0, 2, 4, 6, 1, 3, 5, 7)[j]
     P.qzeros   int32 [in / g, out / 8] zero points in the same order
     P.scales   fp16  [in / g, out]     value = (code - zero) * scale
 
@@ -26,11 +27,8 @@ from glm5_port.quant.formats import OutputTensor, exact_scales
 from glm5_port.quant.formats.compressed_tensors import left_out_problems
 from glm5_port.quant.formats.gptq import check_words, field_problems, weights_of_parts
 from glm5_port.quant.int4 import Int4Rule, groups_of
-from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
-
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs each nibble of a word holds."""
-_PLACES = tuple(ORDER.index(output) for output in range(CODES_PER_WORD))
+from glm5_port.quant.layouts import from_awq, to_awq
+from glm5_port.quant.packing import CODES_PER_WORD
 
 _USUAL = ("lm_head", "self_attn", "shared_experts", "mlp.gate", "eh_proj")
 """What is usually not quantised. Loaders look for these texts anywhere in a module's name."""
@@ -67,12 +65,8 @@ class Awq:
         Raises:
             InputError: scales that float16 does not hold.
         """
-        module = name.removesuffix("weight")
-        return {
-            module + "qweight": pack_int4(_reordered(codes.T, ORDER)),
-            module + "qzeros": pack_int4(torch.zeros((scales.shape[1], codes.shape[0]), dtype=torch.int8)),  # which adds 8
-            module + "scales": exact_scales(scales, torch.float16, name, self.name).T.contiguous(),
-        }
+        narrow = exact_scales(scales, torch.float16, name, self.name)
+        return {name.removesuffix("weight") + part: tensor for part, tensor in to_awq(codes, narrow, name=name).items()}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points depend on the group size, and are written with the codes."""
@@ -134,20 +128,14 @@ class Awq:
         """Codes and float16 scales of a weight.
 
         Raises:
-            CheckpointError: its tensors do not fit each other, or zero points that are not symmetric.
+            CheckpointError: its tensors do not fit each other.
+            InputError: zero points that are not symmetric.
         """
         module = name.removesuffix("weight")
         packed, zeros, scales = read[module + "qweight"], read[module + "qzeros"], read[module + "scales"]
         if packed.shape[1] * CODES_PER_WORD != scales.shape[1] or not scales.shape[0] or packed.shape[0] % scales.shape[0]:
             raise CheckpointError(f"{name}: qweight {list(packed.shape)} and scales {list(scales.shape)} are not of one matrix")
-        if bool(unpack_int4(zeros).any()):
-            raise CheckpointError(f"{name}: qzeros are not 8 everywhere, so it is not symmetric INT4")
-        return _reordered(unpack_int4(packed), _PLACES).T.contiguous(), scales.T.contiguous()
-
-
-def _reordered(values: Tensor, order: Sequence[int]) -> Tensor:
-    """Eight by eight, the values of the last dimension in another order."""
-    return values.unflatten(-1, (-1, CODES_PER_WORD))[..., list(order)].flatten(-2)
+        return from_awq(packed, zeros, scales, name=name)
 
 
 def _left_out(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> list[str]:

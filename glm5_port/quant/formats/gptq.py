@@ -27,10 +27,8 @@ from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.formats import OutputTensor, exact_scales
 from glm5_port.quant.formats.compressed_tensors import ignore_list, left_out_problems
 from glm5_port.quant.int4 import Int4Rule, groups_of
-from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
-
-ZERO_POINT = 8
-"""The unsigned code of zero, as symmetric weights have it."""
+from glm5_port.quant.layouts import from_gptq, to_gptq
+from glm5_port.quant.packing import CODES_PER_WORD, unpack_int4
 
 
 class Gptq:
@@ -60,19 +58,13 @@ class Gptq:
         )
 
     def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        """A whole weight. The canonical words [out, in / 8] transposed are GPTQ's: both count eight inputs from the low bits up.
+        """A whole weight.
 
         Raises:
             InputError: scales that float16 does not hold.
         """
-        module, groups = name.removesuffix("weight"), scales.shape[1]
-        zeros = torch.full((groups, codes.shape[0]), ZERO_POINT - 1 - 8, dtype=torch.int8)  # pack_int4 adds 8
-        return {
-            module + "qweight": pack_int4(codes).T.contiguous(),
-            module + "qzeros": pack_int4(zeros),
-            module + "scales": exact_scales(scales, torch.float16, name, self.name).T.contiguous(),
-            module + "g_idx": torch.arange(codes.shape[1], dtype=torch.int32) // (codes.shape[1] // groups),
-        }
+        narrow = exact_scales(scales, torch.float16, name, self.name)
+        return {name.removesuffix("weight") + part: tensor for part, tensor in to_gptq(codes, narrow, name=name).items()}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points and group indices depend on the group size, and are written with the codes."""
@@ -130,20 +122,16 @@ class Gptq:
         """Codes and float16 scales of a weight.
 
         Raises:
-            CheckpointError: its tensors do not fit each other, zero points that are not symmetric, or an activation order.
+            CheckpointError: its tensors do not fit each other.
+            InputError: zero points that are not symmetric, or an activation order.
         """
         module = name.removesuffix("weight")
         packed, zeros, scales = read[module + "qweight"], read[module + "qzeros"], read[module + "scales"]
         inputs, groups = packed.shape[0] * CODES_PER_WORD, scales.shape[0]
         if packed.shape[1:] != scales.shape[1:] or groups == 0 or inputs % groups:
             raise CheckpointError(f"{name}: qweight {list(packed.shape)} and scales {list(scales.shape)} are not of one matrix")
-        stored = unpack_int4(zeros) + 8
-        if not (bool((stored == ZERO_POINT - 1).all()) or bool((stored == ZERO_POINT).all())):
-            raise CheckpointError(f"{name}: qzeros are not 7 (or, in gptq_v2, 8) everywhere, so it is not symmetric INT4")
-        order = read[module + "g_idx"]
-        if not torch.equal(order.to(torch.int64), torch.arange(inputs) // (inputs // groups)):
-            raise CheckpointError(f"{name}: g_idx is not input // {inputs // groups}: activation order is not supported")
-        return unpack_int4(packed.T.contiguous()), scales.T.contiguous()
+        version = 2 if zeros.numel() and not bool(unpack_int4(zeros).any()) else 1
+        return from_gptq(packed, zeros, scales, read[module + "g_idx"], name=name, version=version)
 
 
 def check_words(name: str, shape: tuple[int, ...], rule: Int4Rule, format_name: str) -> None:

@@ -59,10 +59,9 @@ class ModelSlim:
         groups, size = groups_of(shape[1], rule.group_size, name=name)
         if groups != 1:
             raise InputError(
-                f"{name}: format {self.name} has one scale for each output channel, not groups of {size}: vllm-ascend "
-                f"refuses W4A8 experts with groups\n  Use --group-size {PER_CHANNEL}. A checkpoint in groups cannot be carried over "
-                f"exactly: export the original weights with --group-size {PER_CHANNEL}, or serve the compressed-tensors export there "
-                "as W4A16"
+                f"{name}: format {self.name} has one scale for each output channel, not groups of {size}: vllm-ascend refuses "
+                f"W4A8 experts with groups\n  Use --group-size {PER_CHANNEL}. A checkpoint in groups cannot be carried exactly: "
+                f"export the original weights with --group-size {PER_CHANNEL}, or serve the compressed-tensors export as W4A16"
             )
         if shape[0] % 2 or (_is_down(name) and shape[1] % INPUT_SHARDS):
             raise InputError(
