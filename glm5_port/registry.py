@@ -92,9 +92,10 @@ class Backend:
         device_type: torch device type ("cuda", "npu", ...).
         package: the Python package that teaches torch this device, or None when torch itself does.
         collective: torch.distributed backend name.
-        order: place in the search for `auto`; lower is tried first. cpu comes last.
+        order: place in the search for `auto`; lower is tried first. Of what `auto` may choose, cpu comes last.
         probe: looks at this machine; imports vendor packages only inside.
         origin: "built in", or the plugin that registered it.
+        by_name_only: `auto` never uses its implementations; they run when the backend or one of them is asked for by name.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Backend:
     order: int
     probe: Callable[[], Probe]
     origin: str = "built in"
+    by_name_only: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -181,10 +181,17 @@ def _reasons(
     elif implementation.portable:
         reasons += _portable_reasons(request, facts, pinned=pinned, hypothetical=hypothetical)
     else:
+        if not pinned and request.backends == ("auto",) and _only_by_name(implementation):
+            reasons.append("runs only when asked for by name")
         reasons += _backend_reasons(implementation, request, facts, hypothetical=hypothetical)
     if facts["needs_grad"] and not implementation.differentiable:
         reasons.append("forward only, and a gradient is asked for")
     return reasons + list(implementation.not_supported(**facts))
+
+
+def _only_by_name(implementation: Implementation) -> bool:
+    backend = BACKENDS.get(implementation.backend)
+    return backend is not None and backend.by_name_only
 
 
 def _portable_reasons(request: Request, facts: Mapping[str, Any], *, pinned: bool, hypothetical: str | None) -> list[str]:

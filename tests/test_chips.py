@@ -37,13 +37,13 @@ def describe(monkeypatch: pytest.MonkeyPatch, facts: CudaFacts) -> None:
 # -- descriptors -------------------------------------------------------------------------------------------------------
 
 
-def test_built_in_chips_are_searched_in_the_published_order_with_cpu_last() -> None:
+def test_built_in_chips_are_searched_in_the_published_order_with_the_cpu_after_every_accelerator() -> None:
     built_in = [b for b in BACKENDS.values() if b.origin == "built in"]
     in_order = [b.name for b in sorted(built_in, key=lambda b: b.order)]
     assert tuple(in_order) == BUILT_IN
-    assert in_order == ["cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu"]
+    assert in_order == ["cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu", "onnxruntime"]
     assert len({b.order for b in built_in}) == len(built_in)
-    assert max(b.order for b in built_in if b.name != "cpu") < PLUGIN_ORDER < BACKENDS["cpu"].order
+    assert max(b.order for b in built_in if b.device_type != "cpu") < PLUGIN_ORDER < BACKENDS["cpu"].order
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_built_in_chips_are_searched_in_the_published_order_with_cpu_last() -> N
         ("kunlunxin", "cuda", "torch_xmlir", "nccl"),
         ("iluvatar", "cuda", None, "nccl"),
         ("cpu", "cpu", None, "gloo"),
+        ("onnxruntime", "cpu", None, "gloo"),
     ],
 )
 def test_descriptor(name: str, device_type: str, package: str | None, collective: str) -> None:

@@ -41,7 +41,7 @@ def test_doctor_shows_the_chip_its_origin_and_its_kernels(installed: Path) -> No
     assert row["origin"] == "plugin glm5_port_toychip"
     assert row["operators_of_its_own"] == 2
     assert row["details"]["firmware"] == "1.0"
-    assert list(report["backends"])[-2:] == ["toychip", "cpu"]
+    assert list(report["backends"])[-3:] == ["toychip", "cpu", "onnxruntime"]
 
 
 def test_a_plugin_can_be_left_out(installed: Path) -> None:

@@ -10,12 +10,17 @@ import importlib
 
 from glm5_port.registry import register_backend
 
-BUILT_IN = ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu")
-"""Folders of this package that hold a chip, in the order in which `auto` tries them."""
+BUILT_IN = ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu", "onnxruntime")
+"""Folders of this package that hold a backend, in the order in which `auto` tries them."""
+
+IMPLEMENTATIONS = ("onnxruntime.int4",)
+"""Modules of this package with implementations of the backends' own."""
 
 
 def load_built_in() -> None:
     """Registers the built-in backends, then the implementations of each, then the portable ones."""
     for name in BUILT_IN:
         register_backend(importlib.import_module(f"glm5_port.backends.{name}").BACKEND)
+    for module in IMPLEMENTATIONS:
+        importlib.import_module(f"glm5_port.backends.{module}")
     importlib.import_module("glm5_port.backends.torch")

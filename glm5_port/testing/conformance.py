@@ -47,6 +47,8 @@ def items() -> list[Item]:
         for implementation in parity.implementations_on(backend):
             if implementation.operator.name not in suites:
                 continue
+            if implementation.portable and BACKENDS[backend].by_name_only:
+                continue  # no chip of its own: proven on the one whose device it shares
             if not usable:
                 found += [] if implementation.portable else [Item(implementation, backend, None, False)]
                 continue

@@ -30,7 +30,7 @@ def test_every_backend_in_search_order_with_what_is_missing(command_line, usable
     names = [backend.name for backend in search_order()]
     places = [done.out.index(f"  {name} ") for name in names]
     assert places == sorted(places)
-    for name in names[:-1]:
+    for name in set(names) - {"cpu"}:
         assert f"{name} is not here" in done.out
     assert "auto would choose: cpu" in done.out
 
