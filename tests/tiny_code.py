@@ -14,7 +14,7 @@ SAMPLE = ("posixpath.py", "hmac.py")
 """Files of the standard library that no training saw; every supported Python has them."""
 
 
-def held_out_windows(*, context: int = 512, bytes_per_file: int = 2048) -> list[Tensor]:
+def held_out_windows(*, context: int = 512, bytes_per_file: int = 1024) -> list[Tensor]:
     """The beginnings of `SAMPLE` in windows of `context` + 1 tokens."""
     text = corpus.standard_library(only=SAMPLE)
     assert sorted(text.held_out) == sorted(SAMPLE) and not text.train
