@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -103,7 +104,7 @@ def carry_out(
     with _disk_errors(path), _one_thread():
         path.mkdir(parents=True, exist_ok=True)
         with Journal(path, identity | {"source_times": _times(plan)}) as journal:
-            resumed = _drop_damaged(plan, path, journal)
+            resumed = _drop_damaged(path, journal, workers)
             check_room(plan, path)
             Run(plan, path, journal, progress).work(workers)
             report = write_last_files(plan, path, identity["source"], journal.finished)
@@ -197,12 +198,18 @@ def _times(plan: Plan) -> dict[str, int]:
     return {file: (plan.source / file).stat().st_mtime_ns for file in sorted({t.source.file for t in plan.tensors})}
 
 
-def _drop_damaged(plan: Plan, path: Path, journal: Journal) -> int:
+def _drop_damaged(path: Path, journal: Journal, workers: int) -> int:
     """Forgets journalled shards that are not there as they were written; the number of those that are."""
-    for shard in plan.shards:
-        entry = journal.finished.get(shard.file)
-        if entry is not None and not ((path / shard.file).exists() and hash_file(path / shard.file) == entry["sha256"]):
-            journal.forget(shard.file)
+
+    def is_whole(file: str) -> bool:
+        return (path / file).exists() and hash_file(path / file) == journal.finished[file]["sha256"]
+
+    files = list(journal.finished)
+    with ThreadPoolExecutor(workers) as pool:
+        whole = list(pool.map(is_whole, files))
+    for file, kept in zip(files, whole, strict=True):
+        if not kept:
+            journal.forget(file)
     return len(journal.finished)
 
 
