@@ -9,6 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,12 @@ class Run:
 
     def work(self, workers: int) -> None:
         """Runs until everything is written or something fails."""
-        with Reader(self._plan.source) as reader:
-            threads = [threading.Thread(target=self._work, args=(reader,), name=f"export-{n}") for n in range(workers)]
+        with Reader(self._plan.source) as reader, ThreadPoolExecutor(workers, "export") as pool:
             try:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                wait([pool.submit(self._work, reader) for _ in range(workers)])
             finally:
                 self._stop = True  # also when the main thread was interrupted
-                for thread in threads:
-                    if thread.ident is not None:
-                        thread.join()
+                pool.shutdown()
                 for shard in self._open.values():
                     shard.abandon()
         if self._failure is not None:

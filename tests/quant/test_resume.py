@@ -23,17 +23,17 @@ import os, signal, sys
 from glm5_port.quant.export import export
 from glm5_port.quant.plan import Options
 
-source, destination, function, number, when, workers = sys.argv[1:]
+source, destination, function, number, when, workers, kill = sys.argv[1:]
 real, calls = getattr(os, function), 0
 
 def fatal(*arguments):
     global calls
     calls += 1
     if calls == int(number) and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(kill))
     result = real(*arguments)
     if calls == int(number) and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(kill))
     return result
 
 setattr(os, function, fatal)
@@ -42,12 +42,14 @@ print("calls", calls)
 """
 
 
-def run_until(source: Path, destination: Path, function: str, number: int, when: str, workers: int = 1) -> int:
+def run_until(
+    source: Path, destination: Path, function: str, number: int, when: str, workers: int = 1, kill: int = signal.SIGKILL
+) -> int:
     """Exports in another process that kills itself; its exit code."""
-    arguments = [str(source), str(destination), function, str(number), when, str(workers)]
+    arguments = [str(source), str(destination), function, str(number), when, str(workers), str(int(kill))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False, env=environment)
-    assert run.returncode in (0, -signal.SIGKILL), run.stderr
+    assert run.returncode in (0, -kill), run.stderr
     return run.returncode
 
 
@@ -97,6 +99,15 @@ def test_killed_with_two_workers_and_again_while_it_goes_on(source: Path, whole:
     assert run_until(source, destination, "replace", 2, "after", workers=2) == -signal.SIGKILL
     made = export(source, destination, SMALL_SHARDS)
     assert made.resumed >= 1
+    assert digests(destination) == whole
+
+
+def test_interrupted_by_hand_leaves_no_half_files_and_goes_on(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    destination = tmp_path / "int4"
+    assert run_until(source, destination, "pwrite", 150, "after", workers=2, kill=signal.SIGINT) == -signal.SIGINT
+    assert not list(destination.glob("*.part"))
+    assert not (destination / "config.json").exists()
+    export(source, destination, SMALL_SHARDS)
     assert digests(destination) == whole
 
 
