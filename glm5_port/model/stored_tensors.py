@@ -53,22 +53,26 @@ class StoredTensors:
     faults: list[str] = field(default_factory=list)
 
 
-def read_directory(path: Path) -> StoredTensors:
+def read_directory(path: Path, index_file: str = INDEX_FILE) -> StoredTensors:
     """Reads the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Args:
+        path: the directory.
+        index_file: another name of the index.
 
     Raises:
         CheckpointError: when the directory has neither, or both, or the index is not readable. Faults of single files are
             gathered in the result instead, so that they can be told all at once.
     """
-    single, index = (path / SINGLE_FILE).exists(), (path / INDEX_FILE).exists()
+    single, index = (path / SINGLE_FILE).exists(), (path / index_file).exists()
     if not (single or index):
         raise CheckpointError(
-            f"{path} holds no weights\n  expected: {SINGLE_FILE}, or {INDEX_FILE} with its shards{_other_formats(path)}"
+            f"{path} holds no weights\n  expected: {SINGLE_FILE}, or {index_file} with its shards{_other_formats(path)}"
         )
-    placed = _read_index(path / INDEX_FILE) if index else None
+    placed = _read_index(path / index_file) if index else None
     files = tuple(sorted(set(placed.values()))) if placed is not None else (SINGLE_FILE,)
     if single and SINGLE_FILE not in files:
-        raise CheckpointError(f"{path} holds both {SINGLE_FILE} and an {INDEX_FILE} of other files: remove the one that is stale")
+        raise CheckpointError(f"{path} holds both {SINGLE_FILE} and an {index_file} of other files: remove the one that is stale")
     stored = StoredTensors(files=files)
     unreadable = {file for file in files if not _add_file(stored, path / file, placed)}
     if placed is not None:

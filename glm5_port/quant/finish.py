@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm5_port.quant.config_text import KEY
 from glm5_port.quant.files import copy_whole, write_whole
 from glm5_port.quant.manifest import MANIFEST, manifest_text
 from glm5_port.quant.plan import Plan
@@ -34,10 +33,9 @@ def write_last_files(
         The report; None if nothing was quantised.
     """
     recorded = {name: record for entry in shards.values() for name, record in entry["tensors"].items()}
-    actions = {output.name: tensor.action for tensor in plan.tensors for output in tensor.outputs}
     texts = {
         f"{plan.format.stem}{INDEX}": index_text(plan),
-        **plan.format.files(json.loads(plan.config_text).get(KEY), actions),
+        **plan.files(),
         CONFIG: plan.config_text,
     }
     report = None

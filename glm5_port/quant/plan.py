@@ -20,8 +20,8 @@ from glm5_port.model.checkpoint import Checkpoint
 from glm5_port.model.checkpoint_check import differences, kept_in_float
 from glm5_port.model.stored_tensors import FLOATS, FP8, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
-from glm5_port.quant.config_text import with_quantization, without_quantization
-from glm5_port.quant.formats import ITEM_BYTES, Format, OutputTensor, find_format
+from glm5_port.quant.config_text import KEY, with_quantization, without_quantization
+from glm5_port.quant.formats import ITEM_BYTES, Format, OutputTensor, find_format, int8_tensors
 from glm5_port.quant.int4 import Int4Rule
 
 INT4, REPACK, INT8, BF16, CARRY = "int4", "repack", "int8", "bf16", "carry"
@@ -167,6 +167,11 @@ class Plan:
     def quantized(self) -> tuple[PlannedTensor, ...]:
         """The tensors that are quantised to INT4."""
         return tuple(tensor for tensor in self.tensors if tensor.action == INT4)
+
+    def files(self) -> dict[str, str]:
+        """Files of the format beside weights and config.json: name -> text."""
+        actions = {output.name: tensor.action for tensor in self.tensors for output in tensor.outputs}
+        return self.format.files(json.loads(self.config_text).get(KEY), actions)
 
     def experts(self) -> dict[str, int]:
         """Expert matrices that are written in INT4: {"trunk": 57600, "mtp": 768} for GLM-5."""
@@ -331,16 +336,6 @@ def fitting_options(options: Options, notes: list[str]) -> Options:
 def is_int8(name: str, spec: TensorSpec | None, in_mtp: bool, options: Options) -> bool:
     """Whether a tensor that is not quantised to INT4 is quantised to INT8."""
     return spec is not None and spec.kind == PROJECTION and not in_mtp and find_format(options.format).is_int8(name)
-
-
-def int8_tensors(name: str, shape: Sequence[int]) -> tuple[OutputTensor, ...]:
-    """The tensors that stand for an INT8 weight: codes, a scale for each row, and offsets, all zero."""
-    column = (shape[0], 1)
-    return (
-        OutputTensor.of(name, "I8", shape),
-        OutputTensor.of(name + "_scale", "F32", column),
-        OutputTensor.of(name + "_offset", "F32", column),
-    )
 
 
 def config_with(text: str, block: Mapping[str, object] | None) -> str:

@@ -12,7 +12,7 @@ from glm5_port.errors import InputError
 from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.files import Reader
-from glm5_port.quant.formats import Format
+from glm5_port.quant.formats import Format, OutputTensor, int8_tensors
 from glm5_port.quant.int4 import Int4Rule
 
 
@@ -26,6 +26,7 @@ class Structure:
         weights: quantised weight -> its stored tensors by name. Only weights that are whole.
         mtp_quantized: whether the MTP layer has quantised weights.
         shapes: weight -> [out, in] as the model expects it.
+        int8: weight in INT8 -> its stored tensors: codes, scales, offsets. Only weights that are whole.
         problems: what does not fit, one sentence each.
     """
 
@@ -34,6 +35,7 @@ class Structure:
     weights: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     mtp_quantized: bool = False
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    int8: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def check_constants(self, name: str, reader: Reader) -> list[str]:
@@ -80,6 +82,9 @@ def read_structure(
     for name, spec in expected.items():
         if name in quantized:
             _add_weight(structure, name, spec, stored)
+        elif name in stored.tensors and stored.tensors[name].dtype == "I8" and structure.format.is_int8(name):
+            if parts := _whole(structure, int8_tensors(name, spec.shape), stored, f"an INT8 weight {list(spec.shape)}"):
+                structure.int8[name] = parts
         else:
             _check_plain(structure, name, spec, stored)
     structure.mtp_quantized = prefix is not None and any(name.startswith(prefix) for name in structure.weights)
@@ -94,8 +99,6 @@ def read_structure(
 
 def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:
     """Checks the tensors of one quantised weight."""
-    if name in stored.tensors:
-        structure.problems.append(f"{name} is stored both quantised and as it was")
     if spec.kind != PROJECTION:
         structure.problems.append(f"{name} is quantised; {spec.component} must not be")
         return
@@ -104,6 +107,18 @@ def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: Store
     except InputError as error:
         structure.problems.append(str(error).splitlines()[0])
         return
+    if name in stored.tensors and all(output.name != name for output in outputs):
+        structure.problems.append(f"{name} is stored both quantised and as it was")
+    what = f"a weight {list(spec.shape)} in groups of {structure.rule.group_size}"
+    if parts := _whole(structure, outputs, stored, what):
+        structure.weights[name] = parts
+        structure.shapes[name] = spec.shape
+
+
+def _whole(
+    structure: Structure, outputs: tuple[OutputTensor, ...], stored: StoredTensors, what: str
+) -> dict[str, StoredTensor] | None:
+    """The stored tensors of one weight; None, and problems, unless all are as they should be."""
     whole = True
     for output in outputs:
         tensor = stored.tensors.get(output.name)
@@ -113,16 +128,11 @@ def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: Store
                 structure.problems.append(f"{output.name} is missing")
         elif tensor.shape != output.shape:
             whole = False
-            wanted, group = list(output.shape), structure.rule.group_size
-            structure.problems.append(
-                f"{output.name} is {list(tensor.shape)}; a weight {list(spec.shape)} in groups of {group} has {wanted}"
-            )
+            structure.problems.append(f"{output.name} is {list(tensor.shape)}; {what} has {list(output.shape)}")
         elif tensor.dtype != output.dtype and not (output.dtype == "I32" and tensor.dtype == "I64"):
             whole = False
             structure.problems.append(f"{output.name} is stored as {tensor.dtype}; expected {output.dtype}")
-    if whole:
-        structure.weights[name] = {output.name: stored.tensors[output.name] for output in outputs}
-        structure.shapes[name] = spec.shape
+    return {output.name: stored.tensors[output.name] for output in outputs} if whole else None
 
 
 def _check_plain(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:

@@ -20,7 +20,7 @@ from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors, 
 from glm5_port.model.tensors import TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.config_text import KEY
 from glm5_port.quant.export import DEFAULT_MEMORY, Exported, carry_out
-from glm5_port.quant.formats import OutputTensor, find_format, format_of, formats, stored_group_size
+from glm5_port.quant.formats import OutputTensor, find_format, format_of, formats, int8_tensors, stored_group_size
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.plan import (
@@ -36,7 +36,6 @@ from glm5_port.quant.plan import (
     config_block,
     config_with,
     fitting_options,
-    int8_tensors,
     is_int8,
     make_shards,
 )
@@ -79,7 +78,7 @@ def is_int4(path: str | PathLike[str]) -> bool:
         return False
     block = read_json(directory).get(KEY)
     method = block.get("quant_method") if isinstance(block, Mapping) else None
-    return any(known.verifiable and known.name == method for known in formats().values())
+    return any(known.is_source and known.name == method for known in formats().values())
 
 
 def plan_transcode(source: str | PathLike[str], options: Options) -> Plan:
@@ -95,7 +94,7 @@ def plan_transcode(source: str | PathLike[str], options: Options) -> Plan:
     """
     path, notes = Path(source), list[str]()
     if not path.is_dir() or not is_int4(path):
-        known = ", ".join(name for name, known_format in formats().items() if known_format.verifiable)
+        known = ", ".join(name for name, known_format in formats().items() if known_format.is_source)
         raise CheckpointError(
             f"{path} is no INT4 checkpoint that can be read\n  expected: a directory whose config.json has a quantization_config "
             f"of {known}; a checkpoint in bf16 or block-FP8 is quantised by glm5-port export"

@@ -27,7 +27,8 @@ from glm5_port.model.stored_tensors import StoredTensor, StoredTensors, read_dir
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, as_tensor, hash_file
-from glm5_port.quant.formats import Format, find_format, format_of, stored_group_size
+from glm5_port.quant.finish import INDEX
+from glm5_port.quant.formats import Format, format_of, stored_group_size
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, PlannedTensor, plan_export
@@ -84,15 +85,10 @@ def verify(
     raw = read_json(directory)
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
     manifest = read_manifest(directory)
-    if manifest is not None and not find_format(manifest["format"]).verifiable:
-        raise CheckpointError(
-            f"{directory} is of format {manifest['format']}, which verify does not read yet\n  its weights can be checked by "
-            "exporting or transcoding again elsewhere: the same source and options give the same bytes"
-        )
-    stored = read_directory(directory)
+    output_format = format_of(raw.get(KEY), manifest)
+    stored = read_directory(directory, f"{output_format.stem}{INDEX}")
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
-    output_format = format_of(raw.get(KEY), manifest)
     rule = _rule(manifest, output_format, stored, result)
     mtp_absent = bool(manifest and manifest.get("mtp") == "none")
     structure = read_structure(config, raw.get(KEY), stored, rule, output_format, mtp_absent=mtp_absent)
@@ -101,7 +97,9 @@ def verify(
     _note_strangers(config, stored, structure, result)
     plan = None if source is None else _plan(Path(source), manifest, structure, result)
     chosen = [] if plan is None else _chosen(plan, sample)
-    steps = _Steps(len(manifest["files"] if manifest else ()) + len(structure.weights) + len(chosen), progress)
+    steps = _Steps(
+        len(manifest["files"] if manifest else ()) + len(structure.weights) + len(structure.int8) + len(chosen), progress
+    )
     with Reader(directory) as reader, ThreadPoolExecutor(workers) as pool:
         if manifest is None:
             result.notes.append("there is no int4_manifest.json, so no sha256 could be compared")
@@ -109,6 +107,9 @@ def verify(
             _check_hashes(directory, stored, reader, manifest, result, pool, steps)
         _gather(result, pool.map(lambda name: steps.after(name, _check_values(name, structure, reader)), structure.weights))
         result.checked.append(f"{len(structure.weights):,} quantised weights: codes, scales and shapes")
+        if structure.int8:
+            _gather(result, pool.map(lambda name: steps.after(name, _check_int8(name, structure, reader)), structure.int8))
+            result.checked.append(f"{len(structure.int8):,} INT8 weights: codes, scales and offsets")
         if plan is not None:
             _compare_plan(plan, stored, structure, result)
             with Reader(plan.source) as given:
@@ -125,7 +126,7 @@ def verify(
 
 def _note_strangers(config: Glm5Config, stored: StoredTensors, structure: Structure, result: Verified) -> None:
     known = set(expected_tensors(config, mtp=config.mtp_layer is not None))
-    endings = {key for tensors in structure.weights.values() for key in tensors}
+    endings = {key for weights in (structure.weights, structure.int8) for tensors in weights.values() for key in tensors}
     if strangers := [name for name in stored.tensors if name not in known and name not in endings]:
         result.notes.append(f"{len(strangers):,} tensors are not known here, for example {strangers[0]}")
 
@@ -239,6 +240,22 @@ def _check_values(name: str, structure: Structure, reader: Reader) -> list[str]:
     return problems + [f"{name}: {count:,} {texts[kind]}" for kind, count in counts.items() if count]
 
 
+def _check_int8(name: str, structure: Structure, reader: Reader) -> list[str]:
+    """What is wrong with a weight in INT8: every row reaches 127, or is zero with the scale 1; offsets are zero."""
+    try:
+        codes, scales, offsets = (reader.whole(tensor) for tensor in structure.int8[name].values())
+    except Glm5PortError as error:
+        return [f"{name}: {error}"]
+    reach = codes.to(torch.int16).abs().amax(1)
+    fitting = (reach == 127) | ((reach == 0) & (scales[:, 0] == 1))
+    counts = {
+        "rows without a code of magnitude 127, or with -128": int((~fitting).sum()),
+        "scales that are not positive and finite": int((~(scales.isfinite() & (scales > 0))).sum()),
+        "offsets that are not zero": int(torch.count_nonzero(offsets)),
+    }
+    return [f"{name}: {count:,} {what}" for what, count in counts.items() if count]
+
+
 def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
     """(codes, scales) of blocks of rows of a weight."""
     tensors = structure.weights[name]
@@ -296,6 +313,10 @@ def _compare_plan(plan: Plan, stored: StoredTensors, structure: Structure, resul
         result.problems.append("config.json differs from that of the source in more than quantization_config")
     elif json.loads(text) != json.loads(plan.config_text):
         result.problems.append("config.json: quantization_config is not what an export of this source writes")
+    for name, expected in plan.files().items():
+        file = result.path / name
+        if not file.exists() or file.read_text(encoding="utf-8") != expected:
+            result.problems.append(f"{name} is {'not what an export of this source writes' if file.exists() else 'missing'}")
 
 
 def _compare_tensor(plan: Plan, tensor: PlannedTensor, stored: StoredTensors, given: Reader, reader: Reader) -> list[str]:

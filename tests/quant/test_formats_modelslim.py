@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,65 @@ def test_any_number_of_workers_writes_the_same_bytes(source: Path, exported: Pat
     assert digests(tmp_path / "again") == digests(exported)
 
 
-def test_verify_says_that_it_does_not_read_it(exported: Path) -> None:
-    with pytest.raises(CheckpointError, match="format modelslim, which verify does not read yet"):
-        verify(exported)
+@pytest.fixture
+def damaged(exported: Path, tmp_path: Path) -> Path:
+    shutil.copytree(exported, tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def test_verify_finds_nothing_wrong(source: Path, exported: Path) -> None:
+    found = verify(exported, source)
+    assert found.problems == []
+    assert found.notes == []
+    assert "36 quantised weights: codes, scales and shapes" in found.checked
+    assert "30 INT8 weights: codes, scales and offsets" in found.checked
+    assert verify(exported).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("mlp.experts.0.up_proj.weight", "scale_bias is not 8 * the sum of code * scale"),
+        ("mlp.experts.0.up_proj.scale_bias", "scale_bias is not 8 * the sum of code * scale"),
+        ("mlp.experts.0.down_proj.weight_offset", "offset is not zero"),
+        ("self_attn.o_proj.weight_offset", "1 offsets that are not zero"),
+        ("self_attn.o_proj.weight_scale", "1 scales that are not positive and finite"),
+        ("self_attn.q_b_proj.weight", "1 rows without a code of magnitude 127, or with -128"),
+    ],
+)
+def test_verify_finds_damage(source: Path, damaged: Path, name: str, finding: str) -> None:
+    name = f"model.layers.2.{name}"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors and name.endswith("q_b_proj.weight"):
+            tensors[name][0, 0] = -128
+        elif name in tensors:
+            tensors[name].view(-1)[0] = -3
+
+    change(damaged, damage)
+    (damaged / "int4_manifest.json").write_text(edited_manifest(damaged))
+    found = verify(damaged).problems
+    assert any(finding in problem for problem in found), found
+    assert any(problem.startswith(f"{name} is not what the source gives") for problem in verify(damaged, source).problems)
+
+
+def edited_manifest(directory: Path) -> str:
+    """The manifest with the sha256 of what is there now, so that only the values themselves can tell."""
+    manifest = json.loads((directory / "int4_manifest.json").read_text())
+    current = digests(directory)
+    manifest["files"] = {name: entry | {"sha256": current[name]} for name, entry in manifest["files"].items()}
+    return json.dumps(manifest)
+
+
+def test_verify_finds_missing_parts_types_and_a_config_that_does_not_match(source: Path, damaged: Path) -> None:
+    gone = ("model.layers.1.mlp.experts.0.up_proj.scale_bias", "model.layers.1.self_attn.o_proj.weight_scale")
+    change(damaged, lambda tensors: [tensors.pop(name, None) for name in gone])
+    description = damaged / "quant_model_description.json"
+    description.write_text(description.read_text().replace("W4A8_DYNAMIC", "W8A8_DYNAMIC"))
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "ascend"}}))
+    found = verify(damaged, source).problems
+    assert f"{gone[1]} is missing" in found
+    assert any(gone[0] in problem and "missing" in problem for problem in found)
+    assert any("config.json has a quantization_config" in problem for problem in found)
+    assert "quant_model_description.json is not what an export of this source writes" in found

@@ -61,7 +61,7 @@ class Format(Protocol):
         row_blocks: whether rows can be encoded a block at a time, one block's bytes after the other's. Otherwise `encode` and
             `decode` get all rows of a weight at once.
         stem: what the names of the weight files begin with.
-        verifiable: whether `verify` reads it.
+        is_source: whether it can be transcoded into others.
         mtp: whether experts of the MTP layer are quantised as all others; otherwise that layer is always carried as it is.
     """
 
@@ -69,7 +69,7 @@ class Format(Protocol):
     title: str
     row_blocks: bool
     stem: str
-    verifiable: bool
+    is_source: bool
     mtp: bool
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:
@@ -126,6 +126,16 @@ class Format(Protocol):
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
         """(codes [out, in] int8, scales [out, in / group]) of a weight from its tensors by name."""
+
+
+def int8_tensors(name: str, shape: Sequence[int]) -> tuple[OutputTensor, ...]:
+    """The tensors that stand for an INT8 weight: codes, a scale for each row, and offsets, all zero."""
+    column = (shape[0], 1)
+    return (  # in the order in which they are written and read
+        OutputTensor.of(name, "I8", shape),
+        OutputTensor.of(name + "_scale", "F32", column),
+        OutputTensor.of(name + "_offset", "F32", column),
+    )
 
 
 def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str) -> Tensor:
@@ -185,7 +195,7 @@ def format_of(block: Any, manifest: Mapping[str, Any] | None) -> Format:
     if manifest is not None:
         return find_format(str(manifest.get("format")))
     method = block.get("quant_method") if isinstance(block, Mapping) else None
-    known = {name: known_format for name, known_format in formats().items() if known_format.verifiable}
+    known = {name: known_format for name, known_format in formats().items() if known_format.is_source}
     if method is not None and method not in known:
         raise CheckpointError(f"quantization_config.quant_method = {method!r} is no INT4 format known here: {', '.join(known)}")
     return known[method or "compressed-tensors"]

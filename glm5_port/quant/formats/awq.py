@@ -41,7 +41,7 @@ class Awq:
     title = "AWQ gemm layout, zero point 8: vLLM, SGLang, AutoAWQ"
     row_blocks = False
     stem = "model"
-    verifiable = True
+    is_source = True
     mtp = True
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:

@@ -44,7 +44,7 @@ class CompressedTensors:
     title = "compressed-tensors pack-quantized: transformers, vLLM, SGLang, vllm-ascend, kt-kernel"
     row_blocks = True
     stem = "model"
-    verifiable = True
+    is_source = True
     mtp = True
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:

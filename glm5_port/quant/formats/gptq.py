@@ -38,7 +38,7 @@ class Gptq:
     title = "GPTQ, symmetric, no activation order: vLLM, SGLang, GPTQModel"
     row_blocks = False
     stem = "model"
-    verifiable = True
+    is_source = True
     mtp = True
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:

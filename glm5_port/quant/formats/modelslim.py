@@ -46,7 +46,7 @@ class ModelSlim:
     title = "msModelSlim ascendV1: experts W4A8_DYNAMIC per channel, other projections W8A8_DYNAMIC: vllm-ascend"
     row_blocks = False
     stem = "quant_model_weights"
-    verifiable = False
+    is_source = False
     mtp = False
 
     def check(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> None:
