@@ -18,7 +18,8 @@ from glm5_port.model.stored_tensors import StoredTensors, read_directory
 from glm5_port.model.tensors import expected_tensors, layer_prefix
 from glm5_port.quant.config_text import KEY
 from glm5_port.quant.files import Reader
-from glm5_port.quant.formats import find_format
+from glm5_port.quant.finish import INDEX
+from glm5_port.quant.formats import Format, formats
 from glm5_port.quant.manifest import read_manifest
 
 OTHER = "not known here"
@@ -39,12 +40,14 @@ def inspect_checkpoint(path: str | PathLike[str], tensor: str | None = None) -> 
         raise CheckpointError(f"{directory} is not a directory\n  expected: the directory of a checkpoint")
     raw = read_json(directory)
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
-    stored, manifest, block = read_directory(directory), read_manifest(directory), raw.get(KEY) or {}
-    weights = find_format("compressed-tensors").weights(stored.tensors)
+    manifest, block = read_manifest(directory), raw.get(KEY) or {}
+    stored_format = _stored_format(block, manifest)
+    stored = read_directory(directory, f"{stored_format.stem}{INDEX}")
+    weights = stored_format.weights(stored.tensors)
     found: dict[str, Any] = {
         "path": str(directory),
         "family": config.family_member,
-        "format": _format(block, bool(weights)),
+        "format": _format(block, stored_format.name if manifest is not None else None, bool(weights)),
         "group_size": _group(block),
         "rule": None if manifest is None else manifest.get("rule"),
         "made_by": None if manifest is None else manifest.get("tool"),
@@ -53,14 +56,21 @@ def inspect_checkpoint(path: str | PathLike[str], tensor: str | None = None) -> 
         "bytes": sum(entry.bytes for entry in stored.tensors.values()),
         "quantized_weights": len(weights),
         "components": _components(config, stored, set(weights)),
-        "ignore": list(block.get("ignore") or block.get("modules_to_not_convert") or []),
+        "ignore": list(block.get("ignore") or block.get("modules_to_not_convert") or block.get("dynamic") or []),
         "problems": list(stored.faults),
     }
-    return found if tensor is None else found | {"tensor": _tensor(directory, stored, weights, tensor)}
+    return found if tensor is None else found | {"tensor": _tensor(directory, stored, stored_format, weights, tensor)}
 
 
-def _format(block: dict[str, Any], has_weights: bool) -> str:
-    method = block.get("quant_method")
+def _stored_format(block: dict[str, Any], manifest: dict[str, Any] | None) -> Format:
+    """The format that the manifest or else config.json names; the canonical one where that is none known here."""
+    known = formats()
+    name = block.get("quant_method") if manifest is None else manifest.get("format")
+    return known.get(str(name), known["compressed-tensors"])
+
+
+def _format(block: dict[str, Any], by_manifest: str | None, has_weights: bool) -> str:
+    method = block.get("quant_method", by_manifest)
     if method is None:
         return "INT4 tensors without a quantization_config" if has_weights else "not quantised"
     return f"{method}{' ' + str(block['format']) if 'format' in block else ''}"
@@ -71,7 +81,7 @@ def _group(block: dict[str, Any]) -> Any:
         (group,) = block["config_groups"].values()
         return group["weights"]["group_size"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        return block.get("weight_block_size")
+        return block.get("group_size", block.get("weight_block_size"))
 
 
 def _components(config: Glm5Config, stored: StoredTensors, weights: set[str]) -> list[dict[str, Any]]:
@@ -81,24 +91,27 @@ def _components(config: Glm5Config, stored: StoredTensors, weights: set[str]) ->
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     for name, entry in stored.tensors.items():
-        base = (
-            name[: name.rindex("_")] if "_" in name and name[: name.rindex("_")] in weights else name.removesuffix(SCALE_SUFFIX)
-        )
+        weight = _weight_of(name)
+        base = weight if weight in weights or name not in specs else name
         part = specs[base].component if base in specs else OTHER
         if mtp is not None and name.startswith(mtp):
             part += " (MTP layer)"
         key = (part, "INT4" if base in weights else entry.dtype)
-        counts[key] += base == name or name.endswith(("_packed", SCALE_SUFFIX))
+        counts[key] += name in specs or name.endswith(("_packed", ".qweight", SCALE_SUFFIX)) or base not in specs
         sizes[key] += entry.bytes
     return [{"component": p, "stored": s, "weights": counts[p, s], "bytes": sizes[p, s]} for p, s in sizes]
 
 
-def _tensor(directory: Path, stored: StoredTensors, weights: list[str], name: str) -> dict[str, Any]:
-    output_format = find_format("compressed-tensors")
+def _weight_of(name: str) -> str:
+    """The weight that a stored tensor belongs to: the parts of a quantised one share its module."""
+    return f"{name.rpartition('.')[0]}.weight"
+
+
+def _tensor(directory: Path, stored: StoredTensors, stored_format: Format, weights: list[str], name: str) -> dict[str, Any]:
     with Reader(directory) as reader:
         if name in weights:
-            parts = {key: entry for key, entry in stored.tensors.items() if key.startswith(name + "_")}
-            codes, scales = output_format.decode({key: reader.whole(entry) for key, entry in parts.items()}, name)
+            parts = {key: entry for key, entry in stored.tensors.items() if _weight_of(key) == name}
+            codes, scales = stored_format.decode({key: reader.whole(entry) for key, entry in parts.items()}, name)
             histogram = torch.bincount(codes.flatten().to(torch.int64) + 8, minlength=16)
             return {
                 "name": name,
