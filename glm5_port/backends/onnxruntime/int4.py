@@ -170,7 +170,7 @@ class ExpertWeights:
             packed, scales = tensors[f"{name}_packed"], tensors[f"{name}_scales"]
             check_int4(f"expert_mlp_int4, {name}", packed, scales, self._facts["group_size"])
             for kind, canonical in (("codes", _as_bytes(packed)), ("scales", scales.to(torch.float32))):
-                ours = canonical if name == "down" else _interleaved(canonical)
+                ours = canonical if name == "down" else interleaved(canonical)
                 place = f"{name}_{kind}"
                 if place not in self._tensors:
                     self._tensors[place] = ours.new_empty((experts, *ours.shape))
@@ -184,16 +184,20 @@ class ExpertWeights:
         return {**self._tensors, "top_k": self._facts["top_k"]}
 
 
-def _interleaved(rows: Tensor) -> Tensor:
+def interleaved(rows: Tensor) -> Tensor:
     """gate 0, up 0, gate 1, ... from the gate rows followed by the up rows."""
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def qmoe_node(inputs: Mapping[str, str], output: str, *, top_k: int, group_size: int) -> Any:
+def qmoe_node(inputs: Mapping[str, str], output: str, *, top_k: int, group_size: int, renormalise: bool = False) -> Any:
     """One `QMoE` node: choices by `scores`, mixed by `route_weights`; silu(gate) * up of interleaved rows.
 
     Args:
         inputs: names for x, scores, gate_up_codes, gate_up_scales, down_codes, down_scales, route_weights.
+        output: its name.
+        top_k: choices.
+        group_size: inputs that share a scale.
+        renormalise: the weights of a token's choices are divided by their sum.
     """
     from onnx import helper
 
@@ -208,7 +212,7 @@ def qmoe_node(inputs: Mapping[str, str], output: str, *, top_k: int, group_size:
         swiglu_fusion=1,
         activation_alpha=1.0,
         activation_beta=0.0,
-        normalize_routing_weights=0,
+        normalize_routing_weights=int(renormalise),
         expert_weight_bits=4,
         block_size=group_size,
     )

@@ -75,7 +75,8 @@ def export_gguf(source: str | PathLike[str], destination: str | PathLike[str], *
     """Writes a canonical INT4 checkpoint as a GGUF file; its bytes. Holds one expert, or one other tensor, at a time.
 
     Args:
-        source: directory of a checkpoint whose routed experts are compressed-tensors `pack-quantized`, in groups of whole blocks of 32.
+        source: directory of a checkpoint whose routed experts are compressed-tensors `pack-quantized`, in
+            groups of whole blocks of 32.
         destination: the file; it is there whole or not at all.
         name: of the model, for people; that of the directory otherwise.
 
