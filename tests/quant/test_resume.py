@@ -19,26 +19,24 @@ from glm5_port.quant.plan import Options
 from tests.quant.exports import SMALL_SHARDS, change, digests, write_source
 
 KILLED = """
-import os, signal, sys
+import itertools, os, signal, sys
 from glm5_port.quant.export import export
 from glm5_port.quant.plan import Options
 
 source, destination, function, number, when, workers, kill = sys.argv[1:]
-real, calls = getattr(os, function), 0
+real, calls = getattr(os, function), itertools.count(1)
 
 def fatal(*arguments):
-    global calls
-    calls += 1
-    if calls == int(number) and when == "before":
+    call = next(calls)  # one step, also where several threads call
+    if call == int(number) and when == "before":
         os.kill(os.getpid(), int(kill))
     result = real(*arguments)
-    if calls == int(number) and when == "after":
+    if call == int(number) and when == "after":
         os.kill(os.getpid(), int(kill))
     return result
 
 setattr(os, function, fatal)
 export(source, destination, Options(max_shard_bytes=100_000), workers=int(workers))
-print("calls", calls)
 """
 
 
