@@ -11,7 +11,8 @@ from glm5_port.errors import ConfigError
 
 _SUPPORT = (
     "supported: bf16, fp16 and fp32 checkpoints, block-FP8 (quant_method 'fp8'), and routed experts in INT4 (quant_method "
-    "'compressed-tensors', format 'pack-quantized', symmetric); use such a release of the model, or glm5-port export"
+    "'compressed-tensors', format 'pack-quantized', symmetric); use such a release of the model, glm5-port export, "
+    "or, for INT4 in GPTQ or AWQ, glm5-port transcode"
 )
 # dequantize says how transformers runs the checkpoint, scale_fmt how the multipliers were rounded: the bytes mean the same.
 _FP8_KEYS = (

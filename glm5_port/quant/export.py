@@ -195,7 +195,7 @@ def _resident_bytes() -> int:
 
 def _times(plan: Plan) -> dict[str, int]:
     """When the source's files changed last: what is resumed must come from the same weights as what was begun."""
-    return {file: (plan.source / file).stat().st_mtime_ns for file in sorted({t.source.file for t in plan.tensors})}
+    return {file: (plan.source / file).stat().st_mtime_ns for file in sorted(plan.source_files)}
 
 
 def _drop_damaged(path: Path, journal: Journal, workers: int) -> int:

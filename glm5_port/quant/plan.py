@@ -94,6 +94,12 @@ class PlannedTensor:
         return None if found is None else int(found[1])
 
     @property
+    def files(self) -> set[str]:
+        """The files of the source that it lies in."""
+        multipliers = [] if self.multipliers is None else [self.multipliers]
+        return {stored.file for stored in (self.source, *multipliers, *self.parts.values())}
+
+    @property
     def bytes(self) -> int:
         """Of its outputs."""
         return sum(output.bytes for output in self.outputs)
@@ -162,6 +168,11 @@ class Plan:
     def source_bytes(self) -> int:
         """That will be read."""
         return sum(t.source.bytes + (t.multipliers.bytes if t.multipliers else 0) for t in self.tensors)
+
+    @property
+    def source_files(self) -> set[str]:
+        """The files of the source that hold weights."""
+        return set().union(*(tensor.files for tensor in self.tensors))
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:

@@ -37,7 +37,7 @@ def copied_files(plan: Plan) -> list[Path]:
 def source_identity(plan: Plan) -> dict[str, Any]:
     """What a source is, without reading its weights: sha256 of its config.json, and of each weight file the size and the sha256
     of its header (names, shapes, dtypes and places of the tensors)."""
-    files = sorted({tensor.source.file for tensor in plan.tensors})
+    files = sorted(plan.source_files)
     return {
         "config_sha256": hashlib.sha256((plan.source / CONFIG).read_bytes()).hexdigest(),
         "files": {file: _header(plan.source / file) for file in files},

@@ -272,3 +272,29 @@ def test_a_broken_run_goes_on_where_it_was(canonical: Path, tmp_path: Path) -> N
     assert transcode(canonical, tmp_path / "gptq", small("gptq")).resumed > 0
     transcode(canonical, tmp_path / "again", small("gptq"))
     assert digests(tmp_path / "gptq") == digests(tmp_path / "again")
+
+
+def test_parts_may_lie_in_different_files(canonical: Path, tmp_path: Path) -> None:
+    """Nobody promises that the parts of a weight share a file; a changed file is noticed wherever it is."""
+    shutil.copytree(canonical, tmp_path / "apart")
+    index = json.loads((canonical / "model.safetensors.index.json").read_text())
+    *_, last = sorted(set(index["weight_map"].values()))
+    moved: dict[str, Tensor] = {}
+    name = expert(1, 0, "gate") + "_scale"
+    assert index["weight_map"][name] != last
+
+    def take(tensors: dict[str, Tensor]) -> None:
+        moved.update({key: tensors.pop(key) for key in [key for key in tensors if key == name]})
+
+    change(tmp_path / "apart", take)
+    change(tmp_path / "apart", lambda tensors: tensors.update(moved), last)
+    index["weight_map"][name] = last
+    (tmp_path / "apart" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for record in RECORDS:
+        (tmp_path / "apart" / record).unlink()
+    plan = plan_transcode(tmp_path / "apart", small("gptq"))
+    (tensor,) = (tensor for tensor in plan.tensors if tensor.name == expert(1, 0, "gate"))
+    assert tensor.files == {index["weight_map"][expert(1, 0, "gate") + "_packed"], last}
+    transcode(tmp_path / "apart", tmp_path / "gptq", small("gptq"))
+    transcode(canonical, tmp_path / "direct", small("gptq"))
+    assert contents(tmp_path / "gptq") == contents(tmp_path / "direct")

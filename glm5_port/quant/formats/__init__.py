@@ -151,9 +151,9 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str
         InputError: some it does not hold; lists the first of them.
     """
     narrow = scales.to(dtype)
-    lost = (narrow.to(torch.float32) != scales.to(torch.float32)).nonzero().tolist()
-    if lost:
-        shown = ", ".join(f"[{row}, {group}] = {scales[row, group].item():.9g}" for row, group in lost[:LISTED])
+    lost = (narrow.to(torch.float32) != scales.to(torch.float32)).nonzero()
+    if len(lost):
+        shown = ", ".join(f"[{row}, {group}] = {scales[row, group].item():.9g}" for row, group in lost[:LISTED].tolist())
         raise InputError(
             f"{name}: {len(lost):,} of {scales.numel():,} scales are not exact in {str(dtype).removeprefix('torch.')}: scale "
             f"[row, group] {shown}{', ...' if len(lost) > LISTED else ''}\n"
