@@ -5,24 +5,30 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import glm5_port
 from glm5_port.backends import onnxruntime as backend
+from glm5_port.dispatch import Bound
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import expert_mlp_int4, int4_matmul
 from glm5_port.preparation import Preparation
+from glm5_port.quant.export import export
 from glm5_port.quant.int4 import Int4Rule, dequantize, quantize_packed
 from glm5_port.quant.packing import pack_int4, unpack_int4
 from glm5_port.registry import BACKENDS
 from glm5_port.requests import resolve_backend
 from glm5_port.testing.cases import WIDTH
 from glm5_port.testing.parity import run
+from tests.quant import exports
 
 MATMUL = {"width_in": 64, "width_out": 48, "group_size": 32}
 EXPERTS = {"width": 64, "width_between": 32, "experts": 8, "top_k": 3, "group_size": 32}
@@ -133,6 +139,24 @@ def test_parity_covers_it(operator: Any, variant: str) -> None:
     assert sum(r.status == "passed" for r in results) >= 10
 
 
+def test_a_model_computes_its_experts_with_it_and_builds_one_session_for_each_layer(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from glm5_port.backends.onnxruntime import sessions
+
+    export(exports.write_source(tmp_path / "source"), tmp_path / "int4", exports.SMALL_SHARDS)
+    gc.collect()
+    before = len(sessions._sessions)
+    model = glm5_port.load(tmp_path / "int4", backend="onnxruntime")
+    bound = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Bound)]
+    experts = [b.implementation.id for b in bound if b.implementation.operator is expert_mlp_int4]
+    assert set(experts) == {"onnxruntime/qmoe"}
+    tokens = model.generate([[1, 2, 3, 4, 5]], max_new_tokens=4)[0]
+    assert tokens[:5] == [1, 2, 3, 4, 5]
+    assert 6 <= len(tokens) <= 9
+    assert len(sessions._sessions) == before + 3, "prefill and decode share a session; the MTP layer is not run"
+
+
 # -- when it is chosen ---------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +189,6 @@ def test_it_is_chosen_by_name_and_by_pin() -> None:
 
 
 def _clean_environment() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("GLM5_PORT_")}
 
 
