@@ -16,6 +16,7 @@ from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.testing.bisect import bisect, build_pair
 from tests.model.models import prompt, quick_config
+from tests.test_config_int4 import block
 from tests.testing.mutants import MUTANTS, Mutant
 
 SHAPE: dict[str, Any] = {
@@ -27,18 +28,28 @@ SHAPE: dict[str, Any] = {
 }
 PROMPTS = [prompt(13), prompt(7, seed=1)]
 
+GROUP = 8
+"""INT4 group size of the quick model, whose rows are short."""
+
 Pair = tuple[Glm5Model, Glm5Model]
 
 
-def pair(*, ties: bool = False, **options: Any) -> Pair:
-    """(suspect, reference). With `ties` one index head, so that most scores are zero; and experts come in pairs with one score,
-    of which three are chosen, so that the cut always goes through a pair."""
+def pair(*, ties: bool = False, int4: bool = False, **options: Any) -> Pair:
+    """(suspect, reference). With `int4` the experts are random codes and scales. With `ties` one index head, so that most scores
+    are zero; and experts come in pairs with one score, of which three are chosen, so that the cut always goes through a pair."""
     options = {"dtype": torch.float32, "block_size": 5, "backend": "cpu", **options}
-    config = quick_config(**SHAPE, index_n_heads=1 if ties else 8)
+    packed = {"quantization_config": block(group_size=GROUP)} if int4 else {}
+    config = quick_config(**SHAPE, index_n_heads=1 if ties else 8, **packed)
     weights = random_weights(config, dtype=options["dtype"], mtp=options.get("mtp", False))
 
     def read(name: str) -> Tensor:
         tensor = weights(name)
+        if name.endswith("weight_packed"):
+            return torch.randint(-(2**31), 2**31, tensor.shape, generator=torch.Generator().manual_seed(len(name))).to(
+                torch.int32
+            )
+        if name.endswith("weight_scale"):
+            return 0.01 + 0.05 * tensor.abs()
         if ties and name.endswith(("mlp.gate.weight", "e_score_correction_bias")):
             tensor[1::2] = tensor[::2]
         return tensor
@@ -54,6 +65,7 @@ def pairs() -> dict[str, Pair]:
         "mtp": pair(mtp=True),
         "bfloat16": pair(dtype=torch.bfloat16, mtp=True),
         "ties": pair(ties=True),
+        "int4": pair(int4=True),
     }
 
 
@@ -81,7 +93,7 @@ def broken(model: Glm5Model, operator: str, function: Any, only: int | None = No
 # -- nothing is broken -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense", "mtp", "bfloat16", "ties"])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "mtp", "bfloat16", "ties", "int4"])
 def test_nothing_is_found_where_nothing_is_broken(pairs: dict[str, Pair], kind: str) -> None:
     seen: list[tuple[str, int, int]] = []
     prompts = [tokens[:2] for tokens in PROMPTS] if kind == "dense" else PROMPTS
@@ -113,6 +125,8 @@ def test_a_report_is_json(pairs: dict[str, Pair]) -> None:
 
 NOT_IN_A_MODEL = {
     "rotate", "mla_prologue", "indexer_scores", "select_top_k",  # models bind the operators that contain them
+    "int4_quantize", "int4_dequantize",  # export and training call them
+    "int4_matmul", "int8_matmul", "expert_mlp_int4_w4a8",  # no model computes with these yet
 }  # fmt: skip
 INVISIBLE = {
     "mla_prologue_into_cache: padding token written": "a model makes no padding",
@@ -146,6 +160,8 @@ def kind_of(mutant: Mutant) -> str:
         return "ties"
     if mutant.operator in DENSE_ONLY:
         return "dense"
+    if mutant.operator == "expert_mlp_int4":
+        return "int4"
     return "mtp" if mutant.operator == "rms_norm" else "sparse"
 
 
