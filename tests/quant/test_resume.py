@@ -24,6 +24,7 @@ from glm5_port.quant.export import export
 from glm5_port.quant.plan import Options
 
 source, destination, function, number, when, workers, kill = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell put into the background inherit it as ignored
 real, calls = getattr(os, function), itertools.count(1)
 
 def fatal(*arguments):
