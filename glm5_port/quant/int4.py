@@ -40,11 +40,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glm5_port.config import PER_CHANNEL as PER_CHANNEL
 from glm5_port.errors import InputError, did_you_mean
 from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
-
-PER_CHANNEL = -1
-"""Group size of one scale for a whole row."""
 
 RULES = {"amax7": 1, "signed8": 1, "mse": 1}
 """Rule name -> its current version. A version changes whenever any bit of any result does."""
