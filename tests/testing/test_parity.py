@@ -227,6 +227,18 @@ def test_batch_invariant_of_an_operator_that_writes(fill):
     assert verdict(by_rows, case="plain", suite=fill).status == "passed"
 
 
+def test_a_written_element_may_hold_the_poison_by_chance(fill):
+    """The reference writes a row in which one element is the poison itself: another value there is an error, no trespass."""
+    truth = parity.truth_of(fill, next(c for c in fill.cases if c.name == "plain"), torch.float32)
+    (outputs,) = ([t.clone() for t in truth.reference],)
+    slot = int(truth.arguments["slots"][0])
+    truth.reference[0][slot, 0] = truth.arguments["cache"][slot, 0]
+    assert truth.judge(outputs)[0] == []
+    untouched = next(row for row in range(len(outputs[0])) if row not in truth.arguments["slots"].tolist())
+    outputs[0][untouched, 0] += 1
+    assert "must be left alone" in truth.judge(outputs)[0][0]
+
+
 def test_a_promise_that_cannot_be_checked_is_broken():
     without_rows = dataclasses.replace(SUITE, rows=())
     failed_with("names no rows to check it with", EAGER, suite=without_rows, promises=["batch_invariant"])
