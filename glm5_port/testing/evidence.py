@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -45,7 +46,13 @@ def _contract_modules(operator: Operator) -> tuple[str, str]:
 
 
 def _source(module: str) -> bytes:
-    file = getattr(sys.modules.get(module), "__file__", None)
+    """The text of a module, loaded or not: a command that reads records has no cases loaded, and must see the same digest."""
+    loaded = sys.modules.get(module)
+    try:
+        spec = None if loaded else importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # an operator of somebody else's package that keeps no cases beside it
+        spec = None
+    file = getattr(loaded, "__file__", None) or (spec.origin if spec else None)
     return Path(file).read_bytes() if file and Path(file).is_file() else module.encode()
 
 

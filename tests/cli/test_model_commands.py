@@ -182,6 +182,22 @@ def test_evidence_says_what_is_stale(command_line, tmp_path: Path) -> None:
     assert command_line("evidence", str(tmp_path / "nowhere")).code == 2
 
 
+def test_a_digest_does_not_depend_on_what_is_loaded() -> None:
+    import subprocess
+    import sys
+
+    from glm5_port.testing.cases import load_suites
+    from glm5_port.testing.evidence import source_hash
+
+    load_suites()
+    code = (
+        "import glm5_port.testing.evidence as e; from glm5_port.operators import rms_norm as r; "
+        "print(e.source_hash(r.implementations['torch/eager']))"
+    )
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert fresh == source_hash(rms_norm.implementations["torch/eager"])
+
+
 def test_generated_docs_are_up_to_date() -> None:
     import runpy
 
