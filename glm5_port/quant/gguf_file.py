@@ -103,12 +103,12 @@ def _string(text: str) -> bytes:
 
 def _value(value: Value) -> bytes:
     """The number of a value's type and the value. Whole numbers are unsigned in metadata and signed in arrays, as llama.cpp
-    writes them."""
+    writes them; an empty array is one of strings: merges may be none, and nothing else is ever empty."""
     if isinstance(value, (bool, int, float, str)):
         number, data = _scalar(value)
         return struct.pack("<I", number) + data
     items = [_scalar(item, signed=True) for item in value]
-    number = items[0][0] if items else 5
+    number = items[0][0] if items else 8
     return struct.pack("<IIQ", 9, number, len(items)) + b"".join(data for _, data in items)
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.quant.export import export
-from glm5_port.quant.formats.gguf import PRE_TOKENIZER, export_gguf
+from glm5_port.quant.formats.gguf import export_gguf, model_metadata
+from glm5_port.quant.formats.gguf_tokenizer import GLM, GPT2, why_left_out
 from glm5_port.quant.gguf_file import GgufTensor, write_gguf
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import Options
+from glm5_port.testing.tiny import tiny_config
 from tests.quant import exports
 
 
@@ -149,27 +151,112 @@ def test_metadata(reader: gguf.GGUFReader) -> None:
     assert field(reader, "tokenizer.ggml.model") == "none"
 
 
-def test_a_bpe_tokenizer_is_carried(canonical: Path, tmp_path: Path) -> None:
-    described = {
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-        "added_tokens": [
-            {"id": 90, "content": "<|endoftext|>", "special": True},
-            {"id": 91, "content": "<|user|>", "special": True},
-            {"id": 92, "content": "<think>", "special": False},
-        ],
-    }
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+"""A pre-tokenizer that does not cut."""
+
+
+def split(pattern: str, **changes: Any) -> dict[str, Any]:
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False, **changes}
+    return {"type": "Sequence", "pretokenizers": [step, BYTES]}
+
+
+TOKENIZER: dict[str, Any] = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "ignore_merges": True},
+    "pre_tokenizer": split(GLM),
+    "added_tokens": [
+        {"id": 90, "content": "<|endoftext|>", "special": True},
+        {"id": 91, "content": "<|user|>", "special": True},
+        {"id": 92, "content": "<think>", "special": False},
+    ],
+}
+
+
+def with_tokenizer(canonical: Path, directory: Path, described: dict[str, Any]) -> gguf.GGUFReader:
     for file in canonical.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    export_gguf(tmp_path, tmp_path / "m.gguf")
-    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+        (directory / file.name).symlink_to(file)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").write_text(json.dumps(described))
+    export_gguf(directory, directory / "m.gguf")
+    return gguf.GGUFReader(directory / "m.gguf")
+
+
+def test_a_bpe_tokenizer_is_carried(canonical: Path, tmp_path: Path) -> None:
+    reader = with_tokenizer(canonical, tmp_path, TOKENIZER)
     tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
     assert (len(tokens), tokens[:4], tokens[90]) == (96, ["a", "b", "ab", "[PAD3]"], "<|endoftext|>")
     assert (kinds[0], kinds[3], kinds[90], kinds[92]) == (1, 5, 3, 4)
     assert field(reader, "tokenizer.ggml.merges") == ["a b"]
-    assert field(reader, "tokenizer.ggml.pre") == PRE_TOKENIZER
+    assert field(reader, "tokenizer.ggml.pre") == "glm4"
     assert (field(reader, "tokenizer.ggml.eos_token_id"), field(reader, "tokenizer.ggml.eot_token_id")) == (90, 91)
+    assert field(reader, "tokenizer.ggml.add_bos_token") is False
+    assert field(reader, "tokenizer.chat_template") == (canonical / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_follow_is_left_out(canonical: Path, tmp_path: Path) -> None:
+    reader = with_tokenizer(canonical, tmp_path, {**TOKENIZER, "pre_tokenizer": split(r"\w+")})
+    assert field(reader, "tokenizer.ggml.model") == "none"
+    assert reader.get_field("tokenizer.ggml.tokens") is None
+
+
+def test_merges_may_be_none(canonical: Path, tmp_path: Path) -> None:
+    """llama.cpp wants the merges of a byte tokenizer as an empty array of strings, and refuses one of numbers."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    reader = with_tokenizer(canonical, tmp_path, {"model": model, "pre_tokenizer": BYTES})
+    merges = reader.fields["tokenizer.ggml.merges"]
+    assert merges.contents() == []
+    assert int.from_bytes(merges.parts[3].tobytes(), "little") == gguf.GGUFValueType.STRING
+
+
+CUTS = [
+    ("glm", {}, "glm4"),
+    ("glm_merging_whole_pieces", {"model": {**TOKENIZER["model"], "ignore_merges": False}}, "chatglm-bpe"),
+    ("gpt2", {"model": {**TOKENIZER["model"], "ignore_merges": False}, "pre_tokenizer": {**BYTES, "use_regex": True}}, "gpt-2"),
+    ("gpt2_as_a_split", {"model": {**TOKENIZER["model"], "ignore_merges": False}, "pre_tokenizer": split(GPT2)}, "gpt-2"),
+    ("bytes", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": BYTES}, "chatglm-bpe"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), [c[1:] for c in CUTS], ids=[c[0] for c in CUTS])
+def test_how_text_is_cut_has_llama_cpps_name(changes: dict[str, Any], name: str, canonical: Path, tmp_path: Path) -> None:
+    assert field(with_tokenizer(canonical, tmp_path, {**TOKENIZER, **changes}), "tokenizer.ggml.pre") == name
+
+
+LEFT_OUT: list[tuple[str, dict[str, Any], str]] = [
+    ("no_cut", {"pre_tokenizer": BYTES}, "cuts text"),
+    ("no_pre_tokenizer", {"pre_tokenizer": None}, "cuts text"),
+    ("another_pattern", {"pre_tokenizer": split(r"\w+")}, "cuts text"),
+    ("another_behaviour", {"pre_tokenizer": split(GLM, behavior="Removed")}, "cuts text"),
+    (
+        "cut_twice",
+        {"pre_tokenizer": {**split(GLM), "pretokenizers": [split(GLM)["pretokenizers"][0]] * 2 + [BYTES]}},
+        "cuts text",
+    ),
+    ("a_space_before", {"pre_tokenizer": {**BYTES, "use_regex": True, "add_prefix_space": True}}, "cuts text"),
+    ("gpt2_taking_whole_pieces", {"pre_tokenizer": {**BYTES, "use_regex": True}}, "cuts text"),
+    ("normalised", {"normalizer": {"type": "NFC"}}, "normalises"),
+    ("framed", {"post_processor": {"type": "TemplateProcessing"}}, "around a text"),
+    ("stripping", {"added_tokens": [{"id": 3, "content": "<x>", "lstrip": True}]}, "take spaces"),
+    ("byte_fallback", {"model": {**TOKENIZER["model"], "byte_fallback": True}}, "byte_fallback"),
+    ("unigram", {"model": {"type": "Unigram"}}, "not BPE but 'Unigram'"),
+    ("something_else", {"model": None}, "describes no tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), [c[1:] for c in LEFT_OUT], ids=[c[0] for c in LEFT_OUT])
+def test_why_a_tokenizer_is_left_out(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    assert "there is no tokenizer.json" in str(why_left_out(path))
+    path.write_text(json.dumps(TOKENIZER))
+    assert why_left_out(path) is None
+    path.write_text(json.dumps({**TOKENIZER, **changes}))
+    assert reason in str(why_left_out(path))
+
+
+def test_groups_of_experts_that_leave_none_out_are_one_group() -> None:
+    """llama.cpp wants fewer groups used than there are."""
+    for kept, written in ((4, (1, 1)), (2, (4, 2))):
+        fields = model_metadata(tiny_config(n_group=4, topk_group=kept), "x", mtp=False)
+        assert (fields["glm-dsa.expert_group_count"], fields["glm-dsa.expert_group_used_count"]) == written
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------

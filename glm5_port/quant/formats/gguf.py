@@ -11,11 +11,9 @@ Source: the reader and the converter of llama.cpp for glm-dsa (src/models/glm-ds
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ from glm5_port.model.stored_tensors import StoredTensors, read_directory
 from glm5_port.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, expected_tensors, layer_prefix
 from glm5_port.quant.files import Reader, as_bytes
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE
+from glm5_port.quant.formats.gguf_tokenizer import tokenizer_metadata
 from glm5_port.quant.gguf_file import GgufTensor, Value, write_gguf
 from glm5_port.quant.int4 import PER_CHANNEL
 from glm5_port.quant.layouts import Q4_0_BLOCK, to_q4_0
@@ -34,9 +33,6 @@ from glm5_port.quant.packing import unpack_int4
 
 ARCHITECTURE = "glm-dsa"
 MOSTLY_Q4_0, SIGMOID = 2, 2
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Kinds of tokens."""
-PRE_TOKENIZER = "glm4"
 
 _LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -179,7 +175,9 @@ def _blocks(name: str, stored: StoredTensors, reader: Reader) -> Tensor:
 
 
 def model_metadata(config: Glm5Config, name: str, *, mtp: bool) -> dict[str, Value]:
-    """What llama.cpp reads about the model. The MTP layer counts as a block; the latent attention appears as one head of keys."""
+    """What llama.cpp reads about the model. The MTP layer counts as a block; the latent attention appears as one head of keys;
+    groups of experts that leave none out are one group."""
+    grouped = config.topk_group < config.n_group
     general: dict[str, Value] = {
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
@@ -199,8 +197,8 @@ def model_metadata(config: Glm5Config, name: str, *, mtp: bool) -> dict[str, Val
         "expert_count": config.n_routed_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_shared_count": config.n_shared_experts,
-        "expert_group_count": config.n_group,
-        "expert_group_used_count": config.topk_group,
+        "expert_group_count": config.n_group if grouped else 1,
+        "expert_group_used_count": config.topk_group if grouped else 1,
         "expert_gating_func": SIGMOID,
         "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_weights_norm": config.norm_topk_prob,
@@ -221,44 +219,3 @@ def model_metadata(config: Glm5Config, name: str, *, mtp: bool) -> dict[str, Val
         "rope.freq_base": float(config.rope_theta),
     }
     return general | {f"{ARCHITECTURE}.{key}": value for key, value in fields.items()}
-
-
-def tokenizer_metadata(path: Path, config: Glm5Config) -> dict[str, Value]:
-    """The vocabulary of a byte-level BPE tokenizer.json; without one, a model that takes and gives token ids only.
-
-    The way text is cut before merging is named `PRE_TOKENIZER`, that of GLM-4 and later: llama.cpp knows such rules by name and
-    cannot read them from a file.
-    """
-    try:
-        described: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        described = None
-    model = described.get("model") if isinstance(described, dict) else None
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        return {"tokenizer.ggml.model": "none"}
-    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
-    kinds = [UNUSED] * config.vocab_size
-    added = {entry["content"]: entry for entry in described.get("added_tokens", ())}
-    ids = {**model["vocab"], **{content: entry["id"] for content, entry in added.items()}}
-    for token, place in ids.items():
-        if not 0 <= place < config.vocab_size:
-            raise InputError(f"{path}: token {token!r} has id {place}, and the model has {config.vocab_size} tokens")
-        tokens[place], kinds[place] = token, NORMAL
-        if token in added:
-            kinds[place] = CONTROL if added[token].get("special") else USER_DEFINED
-    fields: dict[str, Value] = {
-        "model": "gpt2",
-        "pre": PRE_TOKENIZER,
-        "tokens": tokens,
-        "token_type": kinds,
-        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())],
-    }
-    special = {
-        "bos": ids.get("[gMASK]", config.bos_token_id),
-        "unknown": ids.get("<|endoftext|>"),
-        "padding": config.pad_token_id,
-    }
-    special |= {"eos": config.eos_token_id[0] if config.eos_token_id else None}
-    special |= {"eot": ids.get("<|user|>"), "eom": ids.get("<|observation|>")}
-    fields |= {f"{kind}_token_id": place for kind, place in special.items() if place is not None}
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
