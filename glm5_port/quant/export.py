@@ -6,6 +6,7 @@ however often the run was interrupted.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -169,7 +170,7 @@ def fitting_workers(plan: Plan, workers: int, memory: int) -> int:
         InputError: not even one fits.
     """
     taken = _resident_bytes()
-    widest = max(block_rows(plan, tensor)[0] * tensor.source.shape[-1] for tensor in plan.tensors if tensor.action != CARRY)
+    widest = max(math.prod(block_rows(plan, tensor)) for tensor in plan.tensors if tensor.action != CARRY)
     whole = 0 if plan.format.row_blocks else max((3 * tensor.source.bytes for tensor in plan.quantized), default=0)
     each = BYTES_PER_WEIGHT * widest + whole + WORKER_BYTES
     records = 2000 * sum(len(tensor.outputs) for tensor in plan.tensors)

@@ -14,9 +14,6 @@ from glm5_port.quant.report import REPORT_JSON, REPORT_TEXT, make_report, report
 from glm5_port.quant.source_files import CONFIG, copied_files
 from glm5_port.quant.statistics import Statistics
 
-INDEX = ".safetensors.index.json"
-"""Ending of the name of the index."""
-
 
 def write_last_files(
     plan: Plan, path: Path, source: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]]
@@ -33,27 +30,17 @@ def write_last_files(
         The report; None if nothing was quantised.
     """
     recorded = {name: record for entry in shards.values() for name, record in entry["tensors"].items()}
-    texts = {
-        f"{plan.format.stem}{INDEX}": index_text(plan),
-        **plan.files(),
-        CONFIG: plan.config_text,
-    }
+    texts = plan.format.container.texts(plan.shards, plan.facts)
+    texts |= {name: text.encode() for name, text in {**plan.files(), CONFIG: plan.config_text}.items()}
     report = None
     if plan.quantized:
         report = make_report(plan, {t.name: Statistics(**recorded[t.name]["statistics"]) for t in plan.quantized})
-        texts = {REPORT_JSON: json.dumps(report, indent=2) + "\n", REPORT_TEXT: report_text(report)} | texts
+        reports = {REPORT_JSON: json.dumps(report, indent=2) + "\n", REPORT_TEXT: report_text(report)}
+        texts = {name: text.encode() for name, text in reports.items()} | texts
     files = {shard.file: {"bytes": shard.bytes, "sha256": shards[shard.file]["sha256"]} for shard in plan.shards}
     for file in copied_files(plan):
         files[file.name] = {"bytes": file.stat().st_size, "sha256": copy_whole(file, path / file.name)}
-    for name, text in texts.items():
-        data = text.encode()
+    for name, data in texts.items():
         files[name] = {"bytes": len(data), "sha256": write_whole(path / name, data)}
     write_whole(path / MANIFEST, manifest_text(plan, source, files, shards).encode())
     return report
-
-
-def index_text(plan: Plan) -> str:
-    """model.safetensors.index.json: total_size counts the bytes of the tensors."""
-    placed = {output.name: shard.file for shard in plan.shards for tensor in shard.tensors for output in tensor.outputs}
-    size = sum(tensor.bytes for tensor in plan.tensors)
-    return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}, indent=2) + "\n"

@@ -14,11 +14,10 @@ from glm5_port.config import Glm5Config
 from glm5_port.config_file import read_json
 from glm5_port.errors import CheckpointError, did_you_mean
 from glm5_port.model.block_fp8 import SCALE_SUFFIX
-from glm5_port.model.stored_tensors import StoredTensors, read_directory
+from glm5_port.model.stored_tensors import StoredTensors
 from glm5_port.model.tensors import expected_tensors, layer_prefix
 from glm5_port.quant.config_text import KEY
 from glm5_port.quant.files import Reader
-from glm5_port.quant.finish import INDEX
 from glm5_port.quant.formats import Format, formats
 from glm5_port.quant.manifest import read_manifest
 
@@ -42,7 +41,7 @@ def inspect_checkpoint(path: str | PathLike[str], tensor: str | None = None) -> 
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
     manifest, block = read_manifest(directory), raw.get(KEY) or {}
     stored_format = _stored_format(block, manifest)
-    stored = read_directory(directory, f"{stored_format.stem}{INDEX}")
+    stored = stored_format.container.read(directory)
     weights = stored_format.weights(stored.tensors)
     found: dict[str, Any] = {
         "path": str(directory),

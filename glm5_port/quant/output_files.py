@@ -1,16 +1,16 @@
 """The files of an output: which there are, what lies where in them, and from which tensor of the source each byte comes.
 
-A worker takes one tensor of the source, makes its *pieces* a block of rows at a time, and writes each row at its place. A piece is
-what one source tensor gives to one tensor of a file:
+A worker takes one tensor of the source, makes its *pieces* a block of rows at a time, and writes each row at its place. A piece
+is what one source tensor gives to one tensor of a file:
 
     safetensors   a whole tensor: `P.weight_packed`
     GGUF          one expert of a stack: `blk.3.ffn_gate_exps.weight[5]`
     ONNX          every other row of one expert, where gate and up are interleaved: `gate_up_codes[5].gate`
 
 Piece names are unique in an output; the manifest, `verify` and `inspect` know pieces by them. Stacks, concatenations along any
-dimension and interleaved rows are all a first byte, bytes of a row, and the distance from row to row (`Place`). So no piece needs
-two source tensors, each is quantised once, and journal, resume, workers, memory bound, dry run, manifest and recomputation are the
-same for every kind of file.
+dimension and interleaved rows are all a first byte, bytes of a row, and the distance from row to row (`Place`). So no piece
+needs two source tensors, each is quantised once, and journal, resume, workers, memory bound, dry run, manifest and recomputation
+are the same for every kind of file.
 
 A format tells five things, and writes nothing itself:
 
@@ -18,8 +18,8 @@ A format tells five things, and writes nothing itself:
     bytes       `Format.encode`: rows of codes and scales as rows of its pieces; `Kept.convert`: rows of values likewise
     files       `Container.lay_out`: the shards, each with the tensors it is made from, the places of their pieces, and the bytes
                 that come from no tensor (headers, constants)
-    texts       `Container.texts`: small files that follow from the plan alone (an index, ONNX graphs), written when all shards are
-                there
+    texts       `Container.texts`: small files that follow from the plan alone (an index, ONNX graphs), written when all shards
+                are there
     reading     `Container.read`: the pieces of a directory again, from its files alone; `Container.problems`: what the files say
                 beside tensors (metadata, nodes of a graph) that is not what config.json says
 

@@ -21,12 +21,13 @@ from glm5_port.model.checkpoint_check import differences, kept_in_float
 from glm5_port.model.stored_tensors import FLOATS, FP8, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.config_text import KEY, with_quantization, without_quantization
-from glm5_port.quant.formats import ITEM_BYTES, Format, OutputTensor, find_format, int8_tensors
+from glm5_port.quant.formats import Format, find_format, int8_tensors
 from glm5_port.quant.int4 import Int4Rule
+from glm5_port.quant.output_files import Facts, Kept, OutputTensor, PlannedTensor, Shard
 
-INT4, REPACK, INT8, BF16, CARRY = "int4", "repack", "int8", "bf16", "carry"
+INT4, REPACK, INT8, BF16, CONVERT, CARRY = "int4", "repack", "int8", "bf16", "convert", "carry"
 """What becomes of a stored tensor: quantised; its INT4 codes and scales written in another layout; quantised to INT8 with a
-scale for each row; multiplied out from block-FP8; or copied byte for byte."""
+scale for each row; multiplied out from block-FP8; every value kept in a wider type or another order; or copied byte for byte."""
 ROUTED_EXPERTS = "routed experts"
 UNKNOWN = "not known here"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -64,67 +65,6 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A stored tensor and what becomes of it.
-
-    Attributes:
-        name: in the source.
-        action: "int4", "repack", "int8", "bf16" or "carry".
-        component: the part of the model it belongs to.
-        mtp: whether it belongs to the MTP layer.
-        source: where it lies; of a repacked weight the shape [out, in], and how many bytes its parts have.
-        multipliers: where its block-FP8 multipliers lie, if it has any.
-        outputs: the tensors that are written for it.
-        parts: of a repacked weight, its stored tensors by name.
-    """
-
-    name: str
-    action: str
-    component: str
-    mtp: bool
-    source: StoredTensor
-    multipliers: StoredTensor | None
-    outputs: tuple[OutputTensor, ...]
-    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
-
-    @property
-    def layer(self) -> int | None:
-        """Index of its layer; None outside of the layers."""
-        found = re.search(r"\.layers\.(\d+)\.", f".{self.name}")
-        return None if found is None else int(found[1])
-
-    @property
-    def files(self) -> set[str]:
-        """The files of the source that it lies in."""
-        multipliers = [] if self.multipliers is None else [self.multipliers]
-        return {stored.file for stored in (self.source, *multipliers, *self.parts.values())}
-
-    @property
-    def bytes(self) -> int:
-        """Of its outputs."""
-        return sum(output.bytes for output in self.outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of the output.
-
-    Attributes:
-        file: its name.
-        tensors: what it is made from.
-        header: its first bytes: the length and the JSON header of a safetensors file.
-        places: output tensor -> its first byte, counted from the beginning of the file.
-        bytes: of the whole file.
-    """
-
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-    header: bytes
-    places: Mapping[str, int]
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """A whole export.
 
@@ -133,7 +73,7 @@ class Plan:
         config: of the source.
         options: what was asked.
         tensors: every stored tensor that something is written for, in the order of the layers.
-        shards: the files.
+        shards: the files of weights.
         config_text: the config.json that will be written.
         block: rows and columns of a block of the source's block-FP8, if it is quantised.
         has_weights: False when it was planned from a config.json alone and can only be looked at.
@@ -158,6 +98,11 @@ class Plan:
     def format(self) -> Format:
         """The output format."""
         return find_format(self.options.format)
+
+    @property
+    def facts(self) -> Facts:
+        """What files depend on beside their tensors."""
+        return facts_of(self.config, self.options, self.source if self.has_weights else None)
 
     @property
     def bytes(self) -> int:
@@ -227,7 +172,7 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
         config=config,
         options=options,
         tensors=tensors,
-        shards=make_shards(tensors, options),
+        shards=find_format(options.format).container.lay_out(tensors, facts_of(config, options, path if has_weights else None)),
         config_text=config_with(config_file.read_text(encoding="utf-8"), config_block(config, tensors, options)),
         block=block,
         has_weights=has_weights,
@@ -285,7 +230,7 @@ def _planned(config: Glm5Config, stored: Mapping[str, StoredTensor], options: Op
     names += [name for name in stored if name not in expected and name not in multipliers]
     output_format = find_format(options.format)
     for name in names:
-        tensor, spec = stored[name], expected.get(name)
+        tensor, spec, kept = stored[name], expected.get(name), None
         in_mtp = mtp is not None and name.startswith(mtp)
         action = _action(name, tensor, spec, in_mtp, options)
         if action == INT4:
@@ -294,9 +239,8 @@ def _planned(config: Glm5Config, stored: Mapping[str, StoredTensor], options: Op
         elif action == INT8:
             outputs = int8_tensors(name, tensor.shape)
         else:
-            dtype = "BF16" if action == BF16 else tensor.dtype
-            size = OutputTensor.of(name, dtype, tensor.shape).bytes if dtype in ITEM_BYTES else tensor.bytes
-            outputs = (OutputTensor(name, dtype, tensor.shape, size),)
+            action, kept = keep(name, tensor, action, config, options)
+            outputs = kept.outputs
         yield PlannedTensor(
             name=name,
             action=action,
@@ -305,6 +249,7 @@ def _planned(config: Glm5Config, stored: Mapping[str, StoredTensor], options: Op
             source=tensor,
             multipliers=stored[scale_name(name)] if scale_name(name) in multipliers else None,
             outputs=outputs,
+            kept=kept,
         )
 
 
@@ -320,6 +265,15 @@ def _action(name: str, tensor: StoredTensor, spec: TensorSpec | None, in_mtp: bo
     if is_int8(name, spec, in_mtp, options) and not excluded:
         return INT8
     return BF16 if spec is not None and tensor.dtype == FP8 else CARRY
+
+
+def keep(name: str, tensor: StoredTensor, action: str, config: Glm5Config, options: Options) -> tuple[str, Kept]:
+    """(action, how its pieces come about) of a tensor that is not quantised and would be carried, or multiplied out."""
+    arrives = tensor
+    if action == BF16:
+        arrives = replace(tensor, dtype="BF16", bytes=OutputTensor.of(name, "BF16", tensor.shape).bytes)
+    kept = find_format(options.format).container.kept(name, arrives, config)
+    return (CONVERT if action == CARRY and kept.convert is not None else action), kept
 
 
 def _check_patterns(tensors: Iterable[PlannedTensor], options: Options) -> None:
@@ -349,6 +303,11 @@ def is_int8(name: str, spec: TensorSpec | None, in_mtp: bool, options: Options) 
     return spec is not None and spec.kind == PROJECTION and not in_mtp and find_format(options.format).is_int8(name)
 
 
+def facts_of(config: Glm5Config, options: Options, source: Path | None) -> Facts:
+    """What files depend on beside their tensors; `source` is None where there are no weights."""
+    return Facts(config, options.rule, options.max_shard_bytes, source)
+
+
 def config_with(text: str, block: Mapping[str, object] | None) -> str:
     """The text of config.json with the quantization_config of the output, or without any."""
     return without_quantization(text) if block is None else with_quantization(text, block)
@@ -362,38 +321,3 @@ def config_block(config: Glm5Config, tensors: Sequence[PlannedTensor], options: 
         if is_module and (tensor.action == REPACK or tensor.source.dtype in (*FLOATS, FP8)):
             modules[INT4 if tensor.action in (INT4, REPACK) else CARRY].append(tensor.name.removesuffix(".weight"))
     return find_format(options.format).config(options.rule, modules[INT4], modules[CARRY], config.mtp_layer)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------------
-
-
-def make_shards(tensors: Sequence[PlannedTensor], options: Options) -> tuple[Shard, ...]:
-    """Fills shards in order; the tensors that stand for one weight stay together."""
-    most, stem = options.max_shard_bytes, find_format(options.format).stem
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.bytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.bytes
-    return tuple(
-        _shard(f"{stem}-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, start=1)
-    )
-
-
-def _shard(file: str, tensors: Sequence[PlannedTensor]) -> Shard:
-    """Wider elements come first, so that every tensor is aligned to its element."""
-    outputs = [output for tensor in tensors for output in tensor.outputs]
-    outputs.sort(key=lambda output: -ITEM_BYTES.get(output.dtype, 1))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places, end = {}, 0
-    for output in outputs:
-        entries[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [end, end + output.bytes]}
-        places[output.name] = end
-        end += output.bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return Shard(file, tuple(tensors), header, {name: len(header) + place for name, place in places.items()}, len(header) + end)

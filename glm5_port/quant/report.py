@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glm5_port.quant.plan import Plan, PlannedTensor
+from glm5_port.quant.output_files import PlannedTensor
+from glm5_port.quant.plan import Plan
 from glm5_port.quant.statistics import Statistics, total
 
 REPORT_JSON, REPORT_TEXT = "int4_report.json", "int4_report.txt"

@@ -12,8 +12,9 @@ from glm5_port.errors import InputError
 from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.files import Reader
-from glm5_port.quant.formats import Format, OutputTensor, int8_tensors
+from glm5_port.quant.formats import Format, int8_tensors
 from glm5_port.quant.int4 import Int4Rule
+from glm5_port.quant.output_files import OutputTensor
 
 
 @dataclass(slots=True)

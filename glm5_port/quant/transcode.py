@@ -20,9 +20,10 @@ from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors, 
 from glm5_port.model.tensors import TensorSpec, expected_tensors, layer_prefix
 from glm5_port.quant.config_text import KEY
 from glm5_port.quant.export import DEFAULT_MEMORY, Exported, carry_out
-from glm5_port.quant.formats import OutputTensor, find_format, format_of, formats, int8_tensors, stored_group_size
+from glm5_port.quant.formats import find_format, format_of, formats, int8_tensors, stored_group_size
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
+from glm5_port.quant.output_files import PlannedTensor
 from glm5_port.quant.plan import (
     BF16,
     CARRY,
@@ -32,12 +33,12 @@ from glm5_port.quant.plan import (
     UNKNOWN,
     Options,
     Plan,
-    PlannedTensor,
     config_block,
     config_with,
+    facts_of,
     fitting_options,
     is_int8,
-    make_shards,
+    keep,
 )
 from glm5_port.quant.structure import Structure, read_structure
 from glm5_port.quant.writing import Progress
@@ -125,7 +126,7 @@ def plan_transcode(source: str | PathLike[str], options: Options) -> Plan:
         config=config,
         options=options,
         tensors=tensors,
-        shards=make_shards(tensors, options),
+        shards=find_format(options.format).container.lay_out(tensors, facts_of(config, options, path)),
         config_text=config_with((path / "config.json").read_text(encoding="utf-8"), config_block(config, tensors, options)),
         block=None,
         has_weights=True,
@@ -156,17 +157,18 @@ def _planned(config: Glm5Config, stored: StoredTensors, structure: Structure, op
         if name in structure.weights:
             yield _repacked(name, expected[name], in_mtp, structure, options)
             continue
-        tensor = stored.tensors[name]
-        becomes_int8 = is_int8(name, spec, in_mtp, options) and tensor.dtype in FLOATS
-        same = (OutputTensor(name, tensor.dtype, tensor.shape, tensor.bytes),)
+        tensor, action, kept = stored.tensors[name], INT8, None
+        if not (is_int8(name, spec, in_mtp, options) and tensor.dtype in FLOATS):
+            action, kept = keep(name, tensor, CARRY, config, options)
         yield PlannedTensor(
             name=name,
-            action=INT8 if becomes_int8 else CARRY,
+            action=action,
             component=UNKNOWN if spec is None else spec.component,
             mtp=in_mtp,
             source=tensor,
             multipliers=None,
-            outputs=int8_tensors(name, tensor.shape) if becomes_int8 else same,
+            outputs=int8_tensors(name, tensor.shape) if kept is None else kept.outputs,
+            kept=kept,
         )
 
 

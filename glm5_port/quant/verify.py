@@ -23,15 +23,15 @@ from torch import Tensor
 from glm5_port.config import Glm5Config
 from glm5_port.config_file import read_json
 from glm5_port.errors import CheckpointError, Glm5PortError
-from glm5_port.model.stored_tensors import StoredTensor, StoredTensors, read_directory
+from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, as_tensor, hash_file
-from glm5_port.quant.finish import INDEX
 from glm5_port.quant.formats import Format, format_of, stored_group_size
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
-from glm5_port.quant.plan import BF16, INT4, Options, Plan, PlannedTensor, plan_export
+from glm5_port.quant.output_files import PlannedTensor
+from glm5_port.quant.plan import BF16, INT4, Options, Plan, plan_export
 from glm5_port.quant.structure import Structure, read_structure
 from glm5_port.quant.transcode import is_int4, plan_transcode
 from glm5_port.quant.writing import made
@@ -86,7 +86,7 @@ def verify(
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
     manifest = read_manifest(directory)
     output_format = format_of(raw.get(KEY), manifest)
-    stored = read_directory(directory, f"{output_format.stem}{INDEX}")
+    stored = output_format.container.read(directory)
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
     rule = _rule(manifest, output_format, stored, result)

@@ -5,10 +5,11 @@ bytes do not depend on who comes first; memory is that of a block of rows for ea
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,8 @@ from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, 
 from glm5_port.quant.formats import exact_scales
 from glm5_port.quant.int4 import quantize
 from glm5_port.quant.journal import Journal
-from glm5_port.quant.plan import BF16, CARRY, INT4, INT8, REPACK, Plan, PlannedTensor, Shard
+from glm5_port.quant.output_files import Place, PlannedTensor, Shard
+from glm5_port.quant.plan import CONVERT, INT4, INT8, REPACK, Plan
 from glm5_port.quant.statistics import Statistics, measure, total
 
 BLOCK_WEIGHTS = 2**18
@@ -111,7 +113,8 @@ class _OpenShard:
         self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.posix_fallocate(self._file, 0, shard.bytes)  # a full disk shows now
-            write_at(self._file, memoryview(shard.header), 0)
+            for place, data in shard.fixed.items():
+                write_at(self._file, memoryview(data), place)
         except BaseException:
             self.abandon()
             raise
@@ -139,16 +142,26 @@ class _OpenShard:
 
 
 class _Output:
-    """An output tensor that is filled from its first byte on, and hashed."""
+    """A piece that is filled from its first byte on, and hashed."""
 
     def __init__(self, target: _OpenShard, name: str) -> None:
-        self._target, self._place, self.digest = target, target.shard.places[name], hashlib.sha256()
+        self._target, self._place, self._done, self.digest = target, target.shard.places[name], 0, hashlib.sha256()
 
     def append(self, data: memoryview) -> None:
-        """Writes the next bytes."""
-        self._target.write(data, self._place)
+        """Writes the next bytes; whole rows where rows do not follow each other."""
+        for part, first in spread(self._place, self._done, data):
+            self._target.write(part, first)
         self.digest.update(data)
-        self._place += len(data)
+        self._done += len(data)
+
+
+def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryview, int]]:
+    """(bytes, where they go in the file) of the next bytes of a piece of which `done` are written."""
+    if not place.stride:
+        yield data, place.first + done
+        return
+    for begin in range(0, len(data), place.row):
+        yield data[begin : begin + place.row], place.first + (done + begin) // place.row * place.stride
 
 
 def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _OpenShard) -> dict[str, Any]:
@@ -179,13 +192,17 @@ def made(
         seen: called with all stored bytes that are read.
         statistics: what quantising did is added here.
     """
-    if tensor.action == CARRY:
+    if tensor.kept is not None and tensor.kept.convert is not None:
+        for _, rows in read_rows(plan, tensor, reader, seen):
+            for name, part in tensor.kept.convert(rows).items():
+                yield name, as_bytes(part)
+    elif tensor.kept is not None and tensor.multipliers is not None:
+        for _, rows in read_rows(plan, tensor, reader, seen):
+            yield tensor.outputs[0].name, as_bytes(rows)
+    elif tensor.kept is not None:
         for chunk in reader.chunks(tensor.source):
             seen(chunk)
-            yield tensor.name, memoryview(chunk)
-    elif tensor.action == BF16:
-        for _, rows in read_rows(plan, tensor, reader, seen):
-            yield tensor.name, as_bytes(rows)
+            yield tensor.outputs[0].name, memoryview(chunk)
     elif tensor.action == INT8:
         for first, rows in read_rows(plan, tensor, reader, seen):
             codes, scales = quantize_rows(rows)
@@ -195,41 +212,75 @@ def made(
             for name, part in zip(names, (codes, scales, torch.zeros_like(scales)), strict=True):
                 yield name, as_bytes(part)
     else:
-        for codes, scales in _codes(plan, tensor, reader, seen, statistics):
-            for name, part in plan.format.encode(tensor.name, codes, scales).items():
+        for pieces in (
+            _repacked(plan, tensor, reader, seen)
+            if tensor.action == REPACK
+            else _quantized(plan, tensor, reader, seen, statistics)
+        ):
+            for name, part in pieces.items():
                 yield name, as_bytes(part)
         for name, part in plan.format.constants(tensor.name, tensor.source.shape).items():
             yield name, as_bytes(part)
 
 
-def _codes(
+def _repacked(
+    plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None]
+) -> Iterator[Mapping[str, Tensor]]:
+    """Rows of the pieces of a weight whose codes and scales an INT4 source has: all rows at once."""
+    read = {}
+    for name, part in tensor.parts.items():
+        stored = reader.bytes(part, 0, part.bytes)
+        seen(stored)
+        read[name] = as_tensor(stored, part.dtype, part.shape)
+    if plan.source_format is not None:
+        codes, scales = plan.source_format.decode(read, tensor.name)
+        canonical = exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name)
+        yield _encoded(plan, tensor, codes, canonical, 0)
+
+
+def _quantized(
     plan: Plan,
     tensor: PlannedTensor,
     reader: Reader,
     seen: Callable[[bytearray], None],
     statistics: list[Statistics] | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(codes, bfloat16 scales) of blocks of rows: quantised, or as an INT4 source has them."""
-    if plan.source_format is not None:
-        read = {}
-        for name, part in tensor.parts.items():
-            stored = reader.bytes(part, 0, part.bytes)
-            seen(stored)
-            read[name] = as_tensor(stored, part.dtype, part.shape)
-        codes, scales = plan.source_format.decode(read, tensor.name)
-        yield codes, exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name)
-        return
+) -> Iterator[Mapping[str, Tensor]]:
+    """Rows of the pieces of a weight that is quantised, a block at a time."""
     for first, rows in read_rows(plan, tensor, reader, seen):
-        quantized = quantize(rows, plan.options.rule, name=f"{tensor.name}{f', rows from {first}' if first else ''}")
-        yield quantized.codes, quantized.scales
-        if statistics is not None:
-            statistics.append(measure(rows, quantized, requantize=first == 0))
+        pieces, measured = quantized_block(plan, tensor, rows, first, measured=statistics is not None)
+        if statistics is not None and measured is not None:
+            statistics.append(measured)
+        yield pieces
+
+
+def quantized_block(
+    plan: Plan, tensor: PlannedTensor, rows: Tensor, first: int, *, measured: bool
+) -> tuple[Mapping[str, Tensor], Statistics | None]:
+    """A block of rows as rows of its pieces, and what quantising did to it: the one place where an export quantises.
+
+    Args:
+        plan: tells the rule and the format.
+        tensor: the weight.
+        rows: [rows, in] bfloat16.
+        first: the weight's row that the first of them is.
+        measured: whether statistics are wanted.
+    """
+    quantized = quantize(rows, plan.options.rule, name=f"{tensor.name}{f', rows from {first}' if first else ''}")
+    pieces = _encoded(plan, tensor, quantized.codes, quantized.scales, first)
+    return pieces, measure(rows, quantized, requantize=first == 0) if measured else None
+
+
+def _encoded(plan: Plan, tensor: PlannedTensor, codes: Tensor, scales: Tensor, first: int) -> Mapping[str, Tensor]:
+    """Rows of the pieces from codes and scales, which the format must hold exactly."""
+    exact = exact_scales(scales, plan.format.scale_dtype, tensor.name, plan.format.name, first)
+    return plan.format.encode(tensor.name, codes, exact)
 
 
 def read_rows(
     plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None] = lambda _: None
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first row, block of rows) of a matrix in bfloat16, block-FP8 multiplied out.
+    """(first row, block of rows) of a tensor that is not carried: block-FP8 multiplied out to bfloat16, values that are only
+    converted in their stored dtype, others in bfloat16.
 
     Args:
         plan: tells the blocks of block-FP8.
@@ -237,9 +288,8 @@ def read_rows(
         reader: of the source.
         seen: called with the stored bytes of every block, and of the multipliers.
     """
-    rows, columns = tensor.source.shape
-    step, multiple = block_rows(plan, tensor)
-    row_bytes = tensor.source.bytes // rows
+    rows, step = tensor.source.shape[0], block_rows(plan, tensor)[0]
+    row_bytes = tensor.source.bytes // max(rows, 1)
     scales = None
     if tensor.multipliers is not None:
         stored = reader.bytes(tensor.multipliers, 0, tensor.multipliers.bytes)
@@ -249,17 +299,21 @@ def read_rows(
         last = min(first + step, rows)
         stored = reader.bytes(tensor.source, first * row_bytes, (last - first) * row_bytes)
         seen(stored)
-        block = as_tensor(stored, tensor.source.dtype, (last - first, columns))
+        block = as_tensor(stored, tensor.source.dtype, (last - first, *tensor.source.shape[1:]))
         if scales is not None and plan.block is not None:
-            yield first, dequantize_rows(block, scales[first // multiple : -(-last // multiple)], plan.block, torch.bfloat16)
+            high = plan.block[0]
+            yield first, dequantize_rows(block, scales[first // high : -(-last // high)], plan.block, torch.bfloat16)
         else:
-            yield first, block.to(torch.bfloat16)
+            yield first, block if tensor.action == CONVERT else block.to(torch.bfloat16)
 
 
 def block_rows(plan: Plan, tensor: PlannedTensor) -> tuple[int, int]:
-    """(rows of a block, rows that blocks must be a multiple of) of a matrix that is not carried."""
-    multiple = 1 if tensor.multipliers is None or plan.block is None else plan.block[0]
-    rows, columns = tensor.source.shape
-    if tensor.action == REPACK or (tensor.action == INT4 and not plan.format.row_blocks):
-        return rows, multiple
-    return min(rows, max(1, BLOCK_WEIGHTS // columns // multiple) * multiple), multiple
+    """(rows of a block, weights of a row) of a tensor that is not carried."""
+    rows, columns = tensor.source.shape[0], math.prod(tensor.source.shape[1:])
+    multiple = 1 if tensor.kept is None else tensor.kept.multiple
+    whole = tensor.action == REPACK or (tensor.action == INT4 and not plan.format.row_blocks)
+    if whole or not multiple:
+        return rows, columns
+    if tensor.multipliers is not None and plan.block is not None:
+        multiple = math.lcm(multiple, plan.block[0])
+    return min(rows, max(1, BLOCK_WEIGHTS // max(columns, 1) // multiple) * multiple), columns

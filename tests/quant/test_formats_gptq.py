@@ -89,7 +89,9 @@ def test_a_scale_that_float16_does_not_hold_is_refused_and_listed(tmp_path: Path
     codes, scales = numbered(8, 64, 2)
     scales[3, 1] = 1.0078125 * 2.0**-20  # 1 + 2^-7: float16 has 4 bits left down there
     scales[5, 0] = 2.0**-30  # becomes zero
-    with pytest.raises(InputError, match=r"2 of 16 scales are not exact in float16.*\[3, 1\] = 9\.61.*\[5, 0\]") as refused:
+    with pytest.raises(InputError, match=r"2 of 16 scales are not exact in float16.*\[13, 1\] = 9\.61.*\[15, 0\]") as refused:
+        exact_scales(scales, GPTQ.scale_dtype, NAME, "gptq", first=10)
+    with pytest.raises(InputError, match="2 of 16 scales are no float16 numbers"):
         GPTQ.encode(NAME, codes, scales)
     assert NAME in str(refused.value)
     scales[3, 1], scales[5, 0] = 2.0**-20, 2.0**-24  # small, and exact

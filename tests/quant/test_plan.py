@@ -34,7 +34,7 @@ def test_counts_every_expert_matrix_of_glm5_from_its_config_alone(glm5: Path) ->
     assert not plan.has_weights
     assert plan.source_bytes == 1_507_728_316_928
     assert plan.bytes == sum(shard.bytes for shard in plan.shards)
-    assert all(shard.bytes <= 5 * 10**9 + len(shard.header) for shard in plan.shards)
+    assert all(shard.bytes <= 5 * 10**9 + len(shard.fixed[0]) for shard in plan.shards)
     carried = plan_export(glm5, Options(mtp="bf16"))
     assert carried.experts() == {"trunk": 57_600, "mtp": 0}
     assert r"re:.*layers\.78\..*" in json.loads(carried.config_text)["quantization_config"]["ignore"]
@@ -45,8 +45,9 @@ def test_every_shard_stays_below_the_limit_and_every_place_is_its_own(tmp_path: 
     assert len(plan.shards) > 3
     for shard in plan.shards:
         assert sum(tensor.bytes for tensor in shard.tensors) <= 100_000
-        ranges = sorted((shard.places[o.name], shard.places[o.name] + o.bytes) for t in shard.tensors for o in t.outputs)
-        assert ranges[0][0] == len(shard.header)
+        firsts = {o.name: (shard.places[o.name].first, o.bytes) for t in shard.tensors for o in t.outputs}
+        ranges = sorted((first, first + size) for first, size in firsts.values())
+        assert ranges[0][0] == len(shard.fixed[0])
         assert all(end == start for (_, end), (start, _) in itertools.pairwise(ranges))
         assert ranges[-1][1] == shard.bytes
     names = [output.name for tensor in plan.tensors for output in tensor.outputs]

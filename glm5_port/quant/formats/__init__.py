@@ -5,10 +5,8 @@ the same for all of them.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,39 +15,11 @@ from torch import Tensor
 from glm5_port.errors import CheckpointError, InputError, did_you_mean
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule
+from glm5_port.quant.output_files import ITEM_BYTES as ITEM_BYTES
+from glm5_port.quant.output_files import Container, OutputTensor
 
-ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-"""Bytes of one element of each safetensors dtype."""
 LISTED = 5
 """Scales that an error lists one by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor that will be written: its name, safetensors dtype, shape and bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @classmethod
-    def of(cls, name: str, dtype: str, shape: Sequence[int]) -> OutputTensor:
-        """One whose bytes follow from its shape."""
-        return cls(name, dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
 
 
 class Format(Protocol):
@@ -60,7 +30,8 @@ class Format(Protocol):
         title: one line for people.
         row_blocks: whether rows can be encoded a block at a time, one block's bytes after the other's. Otherwise `encode` and
             `decode` get all rows of a weight at once.
-        stem: what the names of the weight files begin with.
+        container: the kind of its files of weights.
+        scale_dtype: what scales must be exact in.
         is_source: whether it can be transcoded into others.
         mtp: whether experts of the MTP layer are quantised as all others; otherwise that layer is always carried as it is.
     """
@@ -68,7 +39,8 @@ class Format(Protocol):
     name: str
     title: str
     row_blocks: bool
-    stem: str
+    container: Container
+    scale_dtype: torch.dtype
     is_source: bool
     mtp: bool
 
@@ -138,7 +110,7 @@ def int8_tensors(name: str, shape: Sequence[int]) -> tuple[OutputTensor, ...]:
     )
 
 
-def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str) -> Tensor:
+def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str, first: int = 0) -> Tensor:
     """The scales in another dtype, if it holds every one exactly.
 
     Args:
@@ -146,6 +118,7 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str
         dtype: wanted.
         name: of the weight, for the error.
         format_name: of the format that has this dtype, or had the scales, for the error.
+        first: row of the weight that the first of these is, for the error.
 
     Raises:
         InputError: some it does not hold; lists the first of them.
@@ -153,7 +126,7 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str
     narrow = scales.to(dtype)
     lost = (narrow.to(torch.float32) != scales.to(torch.float32)).nonzero()
     if len(lost):
-        shown = ", ".join(f"[{row}, {group}] = {scales[row, group].item():.9g}" for row, group in lost[:LISTED].tolist())
+        shown = ", ".join(f"[{first + row}, {group}] = {scales[row, group].item():.9g}" for row, group in lost[:LISTED].tolist())
         raise InputError(
             f"{name}: {len(lost):,} of {scales.numel():,} scales are not exact in {str(dtype).removeprefix('torch.')}: scale "
             f"[row, group] {shown}{', ...' if len(lost) > LISTED else ''}\n"

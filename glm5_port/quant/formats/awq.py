@@ -23,11 +23,11 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError
 from glm5_port.model.stored_tensors import StoredTensor
-from glm5_port.quant.formats import OutputTensor, exact_scales
 from glm5_port.quant.formats.compressed_tensors import left_out_problems
 from glm5_port.quant.formats.gptq import check_words, field_problems, weights_of_parts
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import from_awq, to_awq
+from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
 from glm5_port.quant.packing import CODES_PER_WORD
 
 _USUAL = ("lm_head", "self_attn", "shared_experts", "mlp.gate", "eh_proj")
@@ -40,7 +40,8 @@ class Awq:
     name = "awq"
     title = "AWQ gemm layout, zero point 8: vLLM, SGLang, AutoAWQ"
     row_blocks = False
-    stem = "model"
+    container: Container = Safetensors()
+    scale_dtype = torch.float16
     is_source = True
     mtp = True
 
@@ -60,13 +61,8 @@ class Awq:
         )
 
     def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        """A whole weight.
-
-        Raises:
-            InputError: scales that float16 does not hold.
-        """
-        narrow = exact_scales(scales, torch.float16, name, self.name)
-        return {name.removesuffix("weight") + part: tensor for part, tensor in to_awq(codes, narrow, name=name).items()}
+        """A whole weight."""
+        return {name.removesuffix("weight") + part: tensor for part, tensor in to_awq(codes, scales, name=name).items()}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points depend on the group size, and are written with the codes."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import StoredTensor
-from glm5_port.quant.formats import OutputTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
+from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
 from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
@@ -43,7 +43,8 @@ class CompressedTensors:
     name = "compressed-tensors"
     title = "compressed-tensors pack-quantized: transformers, vLLM, SGLang, vllm-ascend, kt-kernel"
     row_blocks = True
-    stem = "model"
+    container: Container = Safetensors()
+    scale_dtype = torch.bfloat16
     is_source = True
     mtp = True
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import StoredTensor
-from glm5_port.quant.formats import OutputTensor, exact_scales
 from glm5_port.quant.formats.compressed_tensors import ignore_list, left_out_problems
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import from_gptq, to_gptq
+from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
 from glm5_port.quant.packing import CODES_PER_WORD, unpack_int4
 
 
@@ -37,7 +37,8 @@ class Gptq:
     name = "gptq"
     title = "GPTQ, symmetric, no activation order: vLLM, SGLang, GPTQModel"
     row_blocks = False
-    stem = "model"
+    container: Container = Safetensors()
+    scale_dtype = torch.float16
     is_source = True
     mtp = True
 
@@ -58,13 +59,8 @@ class Gptq:
         )
 
     def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        """A whole weight.
-
-        Raises:
-            InputError: scales that float16 does not hold.
-        """
-        narrow = exact_scales(scales, torch.float16, name, self.name)
-        return {name.removesuffix("weight") + part: tensor for part, tensor in to_gptq(codes, narrow, name=name).items()}
+        """A whole weight."""
+        return {name.removesuffix("weight") + part: tensor for part, tensor in to_gptq(codes, scales, name=name).items()}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points and group indices depend on the group size, and are written with the codes."""

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import StoredTensor
-from glm5_port.quant.formats import OutputTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
+from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
 
 TYPES = {"int4": "W4A8_DYNAMIC", "repack": "W4A8_DYNAMIC", "int8": "W8A8_DYNAMIC"}
 """What became of a tensor -> its type in the description; anything else is FLOAT."""
@@ -45,7 +45,8 @@ class ModelSlim:
     name = "modelslim"
     title = "msModelSlim ascendV1: experts W4A8_DYNAMIC per channel, other projections W8A8_DYNAMIC: vllm-ascend"
     row_blocks = False
-    stem = "quant_model_weights"
+    container: Container = Safetensors("quant_model_weights")
+    scale_dtype = torch.float32
     is_source = False
     mtp = False
 
