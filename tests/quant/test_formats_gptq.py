@@ -10,7 +10,7 @@ import torch
 
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.quant.export import export
-from glm5_port.quant.formats import find_format
+from glm5_port.quant.formats import exact_scales, find_format
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.verify import verify
