@@ -1,4 +1,5 @@
-# Everything from a fresh clone: needs Python >= 3.11 with venv, a C++ compiler for the native kernels to come, and nothing else.
+# Everything from a fresh clone: needs Python >= 3.11 with venv and headers, a C++ compiler for the native kernels (without one the
+# portable implementations are tested alone, and the run says so), and nothing else.
 # All tools live in .venv; no other environment is read or written.
 
 PYTHON ?= python3
@@ -6,6 +7,8 @@ JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
+NATIVE := .venv/.native
+NATIVE_SOURCES := $(shell find glm5_port/backends/cpu/native -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 
 # One thread per test process: xdist runs JOBS of them.
@@ -24,17 +27,23 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 	@echo "  variables: PYTHON=$(PYTHON) (makes .venv), JOBS=$(JOBS) (test processes)"
 
-env: $(READY) ## a ready .venv with everything that development needs
+env: $(READY) $(NATIVE) ## a ready .venv with everything that development needs
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"$(PYTHON) is Python {v[0]}.{v[1]}; development needs 3.11 or later: make env PYTHON=python3.11")'
 	@[ -x $(BIN)/python ] || { echo "== making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
 	@echo "== installing what builds the package"
-	@$(PIP) install -c constraints.txt hatchling editables
+	@$(PIP) install -c constraints.txt hatchling editables scikit-build-core nanobind cmake ninja
 	@echo "== installing glm5_port and its development tools (some minutes the first time: torch is large)"
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
-	@touch $@
+	@PATH="$$PWD/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@ $(NATIVE)
 	@echo "== .venv is ready: source .venv/bin/activate"
+
+# Only what changed is compiled again. The PATH is for cmake and ninja.
+$(NATIVE): $(NATIVE_SOURCES) | $(READY)
+	@echo "== building the native kernels"
+	@PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
 
 demo: env ## the main job on real input: backends, a small GLM-5.2, agreement with transformers, parity
 	@$(BIN)/glm5-port demo

@@ -64,6 +64,14 @@ PLUGINS = Flag(
     "all",
     "Which installed plugins (entry-point group `glm5_port.backends`) are loaded.",
 )
+CPU_ISA = Flag(
+    PREFIX + "CPU_ISA",
+    "auto | scalar | avx2 | avx512 | avx512_bf16 | amx",
+    "auto",
+    "The widest instruction set that the native CPU kernels may use; `auto` is the widest that this machine has. `scalar` runs the "
+    "readable specification of each kernel, which is slow.",
+    ("auto", "scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+)
 OPERATOR = Flag(
     OPERATOR_PREFIX + "<OPERATOR>",
     "VARIANT | BACKEND/VARIANT | reference",
@@ -71,7 +79,7 @@ OPERATOR = Flag(
     "Pins one operator to one implementation, for example `GLM5_PORT_OP_SPARSE_MLA_ATTENTION=triton`. A pinned "
     "implementation that cannot run is an error; nothing else is tried.",
 )
-FLAGS: tuple[Flag, ...] = (BACKEND, STRICT, LOG, PLUGINS)
+FLAGS: tuple[Flag, ...] = (BACKEND, STRICT, LOG, PLUGINS, CPU_ISA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class Flags:
         strict: value of `GLM5_PORT_STRICT`.
         log: value of `GLM5_PORT_LOG`.
         plugins: value of `GLM5_PORT_PLUGINS`.
+        cpu_isa: value of `GLM5_PORT_CPU_ISA`.
         pins: operator name -> value of `GLM5_PORT_OP_<OPERATOR>`.
         given: names of the flags that were set, as opposed to defaulted.
     """
@@ -91,6 +100,7 @@ class Flags:
     strict: bool = False
     log: str = LOG.default
     plugins: str = PLUGINS.default
+    cpu_isa: str = CPU_ISA.default
     pins: Mapping[str, str] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
 
@@ -101,6 +111,7 @@ class Flags:
             STRICT.name: str(int(self.strict)),
             LOG.name: self.log,
             PLUGINS.name: self.plugins,
+            CPU_ISA.name: self.cpu_isa,
         }
         return settings | {OPERATOR_PREFIX + name.upper(): value for name, value in self.pins.items()}
 
@@ -140,6 +151,7 @@ def read(environ: Mapping[str, str], operators: frozenset[str]) -> Flags:
         strict=values.get(STRICT.name, STRICT.default) == "1",
         log=values.get(LOG.name, LOG.default),
         plugins=values.get(PLUGINS.name, PLUGINS.default),
+        cpu_isa=values.get(CPU_ISA.name, CPU_ISA.default),
         pins=pins,
         given=frozenset(values) | {OPERATOR_PREFIX + name.upper() for name in pins},
     )

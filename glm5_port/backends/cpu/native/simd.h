@@ -1,0 +1,186 @@
+// One name for the vectors of each instruction set. A kernel written with them is compiled once for each; F32 holds
+// F32::width numbers, I32 as many integers. Everything is in an unnamed namespace: a function compiled for one instruction set must never
+// be merged with the same function of another.
+//
+// Sums across a vector are taken in a fixed order, which is the same for every instruction set of the same width.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace glm5 {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct I32 {
+  static constexpr int width = 16;
+  __m512i v;
+  static I32 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I32 load(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
+  static I32 load(const int8_t* from) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))}; }
+  void store(int32_t* to) const { _mm512_storeu_si512(to, v); }
+  // Of numbers from -128 to 127.
+  void store(int8_t* to) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v)); }
+  int32_t largest() const { return _mm512_reduce_max_epi32(v); }
+};
+inline I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I32 maximum(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I32 minimum(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+template <int n> I32 shift_left(I32 a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n> I32 shift_right(I32 a) { return {_mm512_srli_epi32(a.v, n)}; }
+
+struct F32 {
+  static constexpr int width = 16;
+  __m512 v;
+  static F32 zero() { return {_mm512_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static F32 load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static F32 load(const bf16* from) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+  }
+  void store(float* to) const { _mm512_storeu_ps(to, v); }
+  void store(bf16* to) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+  }
+  float sum() const {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+  }
+  float largest() const { return _mm512_reduce_max_ps(v); }
+};
+inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 maximum(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32 minimum(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32 square_root(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+// To the nearest whole number, half to even.
+inline F32 round_to_even(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline I32 to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
+inline F32 float_of(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+#elif defined(__AVX2__)
+
+struct I32 {
+  static constexpr int width = 8;
+  __m256i v;
+  static I32 broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static I32 load(const int32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
+  static I32 load(const int8_t* from) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))}; }
+  void store(int32_t* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+  // Of numbers from -128 to 127.
+  void store(int8_t* to) const {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  }
+  int32_t largest() const {
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+  }
+};
+inline I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline I32 operator|(I32 a, I32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline I32 maximum(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline I32 minimum(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
+template <int n> I32 shift_left(I32 a) { return {_mm256_slli_epi32(a.v, n)}; }
+template <int n> I32 shift_right(I32 a) { return {_mm256_srli_epi32(a.v, n)}; }
+
+struct F32 {
+  static constexpr int width = 8;
+  __m256 v;
+  static F32 zero() { return {_mm256_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  static F32 load(const bf16* from) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+  }
+  void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store(bf16* to) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+  }
+  float sum() const {
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+  }
+  float largest() const {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+};
+inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 maximum(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32 minimum(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F32 square_root(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
+// To the nearest whole number, half to even.
+inline F32 round_to_even(F32 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline I32 to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.v)}; }
+inline F32 float_of(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+
+#else
+#error "simd.h is for files that are compiled for a vector instruction set"
+#endif
+
+inline F32 operator-(F32 a) { return float_of(bits_of(a) - I32::broadcast(INT32_MIN)); }
+inline F32 absolute(F32 a) { return float_of(bits_of(a) & I32::broadcast(INT32_MAX)); }
+// The nearest bfloat16 numbers, as floats; of numbers that are not NaN.
+inline F32 rounded_to_bf16(F32 a) {
+  const I32 bits = bits_of(a);
+  const I32 odd = shift_right<16>(bits) & I32::broadcast(1);
+  return float_of((bits + I32::broadcast(0x7FFF) + odd) & I32::broadcast(static_cast<int32_t>(0xFFFF0000)));
+}
+
+// The first `count` numbers of a vector (count <= width), zeros behind them; no byte beyond is touched.
+template <class T>
+inline F32 load_first(const T* from, int64_t count) {
+  T whole[F32::width] = {};
+  for (int64_t i = 0; i < count; ++i) whole[i] = from[i];
+  return F32::load(whole);
+}
+template <class T>
+inline void store_first(F32 x, T* to, int64_t count) {
+  T whole[F32::width];
+  x.store(whole);
+  for (int64_t i = 0; i < count; ++i) to[i] = whole[i];
+}
+
+}  // namespace
+}  // namespace glm5

@@ -1,0 +1,45 @@
+"""Native int4_quantize.
+
+Shape legend: R rows; I inputs of a row; g weights of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_port.backends.cpu.extension import kernels, native, rows_of, threads
+from glm5_port.operators.int4 import int4_quantize
+from glm5_port.quant.int4 import groups_of
+from glm5_port.quant.packing import CODES_PER_WORD
+
+
+def _not_supported(*, rule: str, **_: Any) -> list[str]:
+    return [] if rule == "amax7" else [f"computes rule amax7, not {rule}"]
+
+
+@native(int4_quantize, not_supported=_not_supported)
+def int4_quantize_native(isa: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(weight: Tensor, *, group_size: int, rule: str) -> tuple[Tensor, Tensor]:
+        groups, size = groups_of(weight.shape[-1], group_size)
+        rows_RI = rows_of(weight.detach())
+        packed = torch.empty((*weight.shape[:-1], weight.shape[-1] // CODES_PER_WORD), dtype=torch.int32)
+        scales = torch.empty((*weight.shape[:-1], groups), dtype=torch.bfloat16)
+        kernels().int4_quantize(
+            isa,
+            rows_RI.data_ptr(),
+            weight.dtype == torch.bfloat16,
+            *rows_RI.shape,
+            rows_RI.stride(0),
+            size,
+            packed.data_ptr(),
+            scales.data_ptr(),
+            0,
+            threads(),
+        )
+        return packed, scales
+
+    return run
