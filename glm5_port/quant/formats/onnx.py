@@ -121,13 +121,32 @@ def export_onnx(
     if not any(name.endswith(PACKED) and ".mlp.experts." in name for name in stored.tensors):
         raise InputError(f"onnx: {directory} has no INT4 experts\n  Export it as compressed-tensors first.")
     plan = plan_onnx(config, stored.tensors, scales=scales)
-    target.mkdir(parents=True, exist_ok=True)
-    with Reader(directory) as reader:
+    return write_onnx(plan, stored, directory, target)
+
+
+def write_onnx(plan: OnnxPlan, stored: StoredTensors, source: Path, destination: Path) -> list[Path]:
+    """Writes what was planned, one tensor after the other.
+
+    Args:
+        plan: of these tensors.
+        stored: what the source holds.
+        source: directory of the checkpoint.
+        destination: directory; made if it does not exist.
+
+    Returns:
+        The graphs.
+
+    Raises:
+        InputError: a scale that float16 does not hold.
+        CheckpointError, OSError: a file cannot be read or written; the files before it stay.
+    """
+    destination.mkdir(parents=True, exist_ok=True)
+    with Reader(source) as reader:
         for file in plan.files:
-            _write_data(target / file.file, file, stored, reader)
+            _write_data(destination / file.file, file, stored, reader)
     for name, made in plan.graphs.items():
-        write_whole(target / name, made())
-    return [target / name for name in plan.graphs]
+        write_whole(destination / name, made())
+    return [destination / name for name in plan.graphs]
 
 
 def export_linear(source: str | PathLike[str], name: str, path: str | PathLike[str]) -> Path:

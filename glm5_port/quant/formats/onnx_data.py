@@ -265,17 +265,21 @@ class _Packed:
 
 def _packed_experts(prefix: str, experts: int, layout: _Layout, tensors: Mapping[str, Described], scales: str) -> Iterator[Part]:
     """gate_up codes [E, 2F, D / 2] and scales [E, 2F, D / B], down codes [E, D, F / 2] and scales [E, D, F / B]."""
-    places = {}
-    for name, projections in _STACKS.items():
-        weights = [
+    stacks = {
+        name: [
             _Packed.of(f"{prefix}{expert}.{projection}_proj.weight", tensors, scales)
             for expert in range(experts)
             for projection in projections
         ]
-        one = weights[0]
-        if other := next((weight for weight in weights if replace(weight, name=one.name) != one), None):
-            raise CheckpointError(f"onnx: {other.name} differs from {one.name} in its shape or its groups")
-        rows = one.rows * len(projections)
+        for name, projections in _STACKS.items()
+    }
+    block = min(weights[0].block for weights in stacks.values())  # `QMoE` has one for both products
+    places = {}
+    for name, found in stacks.items():
+        if other := next((weight for weight in found if replace(weight, name=found[0].name) != found[0]), None):
+            raise CheckpointError(f"onnx: {other.name} differs from {found[0].name} in its shape or its groups")
+        weights = [replace(weight, block=block, repeats=weight.repeats * (weight.block // block)) for weight in found]
+        one, rows = weights[0], weights[0].rows * len(_STACKS[name])
         codes = layout.add(f"{prefix}{name}{CODES}", "U8", (experts, rows, one.width // 2))
         places[name] = weights, codes, layout.add(f"{prefix}{name}{SCALES}", one.dtype, (experts, rows, one.blocks))
     for expert in range(experts):

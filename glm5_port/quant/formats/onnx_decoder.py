@@ -306,7 +306,7 @@ class _Decoder(Graph):
         best = self.node("TopK", grouped, self.numbers([2]), outputs=2, axis=-1)[0]
         totals = self.node("ReduceSum", best, self.numbers([-1]), keepdims=0)
         kept = self.node("TopK", totals, self.numbers([config.topk_group]), outputs=2, axis=-1)[1]
-        marks = self.node("ScatterElements", self.filled(totals, -np.inf), kept, self.filled(kept, 0.0), axis=-1)
+        marks = self.node("ScatterElements", self.filled(totals, -np.inf), kept, self.filled(kept, 0.0), axis=1)
         marked = self.node("Add", grouped, self.node("Unsqueeze", marks, self.numbers([-1])))
         return str(self.node("Reshape", marked, self.numbers([-1, experts])))
 
@@ -325,11 +325,11 @@ class _Decoder(Graph):
         """Every expert computes every row: there is no standard operator that does less."""
         config = self._config
         ids = self.node("TopK", scores, self.numbers([config.num_experts_per_tok]), outputs=2, axis=-1)[1]
-        weights = self.node("GatherElements", affinities, ids, axis=-1)
+        weights = self.node("GatherElements", affinities, ids, axis=1)
         if config.norm_topk_prob:
             total = self.node("ReduceSum", weights, self.numbers([-1]), keepdims=1)
             weights = self.node("Div", weights, self.node("Add", total, self.floats(1e-20)))
-        mixed = self.node("ScatterElements", self.filled(affinities, 0.0), ids, weights, axis=-1)
+        mixed = self.node("ScatterElements", self.filled(affinities, 0.0), ids, weights, axis=1)
 
         def product(x: str, projection: str) -> str:
             return str(self.node("MatMul", x, self.node("Transpose", self.weight(prefix + projection), perm=[0, 2, 1])))
