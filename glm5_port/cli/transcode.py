@@ -15,17 +15,12 @@ from glm5_port.cli.output import print_json, print_text, progress
 if TYPE_CHECKING:
     from glm5_port.quant.export import Exported
 
-GRAPHS_AND_FILES = ("gguf", "onnx")
-"""Formats that are no directories of safetensors: from canonical checkpoints, written in one go, without resuming."""
-
 
 def transcode(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="An INT4 checkpoint: compressed-tensors (canonical, Kimi), GPTQ or AWQ.")
     ],
-    destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty; a file for gguf.")
-    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq, modelslim, gguf or onnx.")
     ] = "compressed-tensors",
@@ -41,9 +36,6 @@ def transcode(
     from glm5_port.quant.transcode import plan_transcode
     from glm5_port.quant.transcode import transcode as run
 
-    if format_name in GRAPHS_AND_FILES:
-        _write_once(source, destination, format_name, dry_run=dry_run, as_json=as_json)
-        return
     options = Options(format=format_name, max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"))
     bound = parse_bytes(memory, "--memory")
     if dry_run:
@@ -65,44 +57,6 @@ def transcode(
         written = run(source, destination, options, workers=workers or os.cpu_count() or 1, memory=bound, progress=report)
     result = _result(written, time.perf_counter() - started)
     print_json(result) if as_json else _print_result(result)
-
-
-def _write_once(source: Path, destination: Path, format_name: str, *, dry_run: bool, as_json: bool) -> None:
-    """Writes a GGUF file, or the ONNX graphs of every layer's experts."""
-    from glm5_port.errors import InputError
-
-    if dry_run:
-        raise InputError(f"--dry-run is not there for {format_name}")
-    if destination.is_dir() and format_name == "onnx":
-        if any(destination.iterdir()):
-            raise InputError(f"{destination} is not empty: give a directory that does not exist or is empty")
-    elif destination.exists():
-        raise InputError(f"{destination} exists: give a name that does not")
-    started = time.perf_counter()
-    if format_name == "gguf":
-        from glm5_port.quant.formats.gguf import export_gguf
-
-        export_gguf(source, destination)
-        files = [destination]
-    else:
-        from glm5_port.quant.formats.onnx import export_onnx
-
-        export_onnx(source, destination)
-        files = sorted(destination.iterdir())
-    result: dict[str, Any] = {
-        "source": str(source),
-        "destination": str(destination),
-        "format": format_name,
-        "files": [file.name for file in files],
-        "bytes_written": sum(file.stat().st_size for file in files),
-        "seconds": time.perf_counter() - started,
-    }
-    if as_json:
-        print_json(result)
-        return
-    from glm5_port.quant.sizes import show_bytes
-
-    print_text(f"{destination}: {len(files)} file{'s' * (len(files) != 1)}, {show_bytes(result['bytes_written'])}")
 
 
 def _result(written: Exported, seconds: float) -> dict[str, Any]:

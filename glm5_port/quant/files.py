@@ -8,6 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +36,14 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class SpreadTensor(StoredTensor):
+    """A tensor whose rows of `row` bytes lie `stride` bytes apart, with rows of another between them."""
+
+    row: int
+    stride: int
+
+
 class Reader:
     """Reads tensors of a directory at their place. May be shared by threads."""
 
@@ -49,18 +58,32 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or ends before.
         """
+        if isinstance(tensor, SpreadTensor):
+            return self._spread(tensor, first, count)
+        return self._read(tensor.file, tensor.start + first, count)
+
+    def _spread(self, tensor: SpreadTensor, first: int, count: int) -> bytearray:
+        """Reads whole rows with what lies between them, and drops that."""
+        begin, end = first // tensor.row, -(-(first + count) // tensor.row)
+        span = max(0, (end - begin - 1) * tensor.stride + tensor.row)
+        read = self._read(tensor.file, tensor.start + begin * tensor.stride, span if count else 0)
+        rows = (read[at : at + tensor.row] for at in range(0, len(read), tensor.stride))
+        skipped = first - begin * tensor.row
+        return bytearray(b"".join(rows))[skipped : skipped + count]
+
+    def _read(self, name: str, place: int, count: int) -> bytearray:
         buffer = bytearray(count)
-        view, place = memoryview(buffer), tensor.start + first
+        view = memoryview(buffer)
         try:
-            file = self._open(tensor.file)
+            file = self._open(name)
             done = 0
             while done < count:
                 got = os.preadv(file, [view[done:]], place + done)
                 if got == 0:
-                    raise CheckpointError(f"{self._directory / tensor.file} ends at byte {place + done:,}: it is truncated")
+                    raise CheckpointError(f"{self._directory / name} ends at byte {place + done:,}: it is truncated")
                 done += got
         except OSError as error:
-            raise CheckpointError(f"cannot read {self._directory / tensor.file}: {error.strerror}") from error
+            raise CheckpointError(f"cannot read {self._directory / name}: {error.strerror}") from error
         return buffer
 
     def whole(self, tensor: StoredTensor) -> Tensor:

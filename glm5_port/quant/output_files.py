@@ -212,6 +212,9 @@ class Container(Protocol):
     def texts(self, shards: Sequence[Shard], facts: Facts) -> dict[str, bytes]:
         """Files that follow from the plan alone: name -> content."""
 
+    def notes(self, facts: Facts) -> list[str]:
+        """What is worth knowing about these files before they are written, one sentence each."""
+
     def read(self, directory: Path) -> StoredTensors:
         """The pieces that lie in a directory, by the names that `lay_out` gave them. Faults of single files are gathered in the
         result.
@@ -252,6 +255,10 @@ class Safetensors:
         size = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         return {f"{self.stem}{INDEX}": (json.dumps(index, indent=2) + "\n").encode()}
+
+    def notes(self, facts: Facts) -> list[str]:
+        """None."""
+        return []
 
     def read(self, directory: Path) -> StoredTensors:
         """The headers of all shards, compared with the index."""

@@ -167,16 +167,17 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
     tensors = tuple(_planned(config, stored, options))
     _check_patterns(tensors, options)
     block = config.quantization.block if config.quantization is not None else None
+    container, facts = find_format(options.format).container, facts_of(config, options, path if has_weights else None)
     return Plan(
         source=path,
         config=config,
         options=options,
         tensors=tensors,
-        shards=find_format(options.format).container.lay_out(tensors, facts_of(config, options, path if has_weights else None)),
+        shards=container.lay_out(tensors, facts),
         config_text=config_with(config_file.read_text(encoding="utf-8"), config_block(config, tensors, options)),
         block=block,
         has_weights=has_weights,
-        notes=tuple(notes),
+        notes=(*notes, *container.notes(facts)),
     )
 
 

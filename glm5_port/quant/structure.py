@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Structure:
         mtp_quantized: whether the MTP layer has quantised weights.
         shapes: weight -> [out, in] as the model expects it.
         int8: weight in INT8 -> its stored tensors: codes, scales, offsets. Only weights that are whole.
+        owners: every piece that the model has in this format -> the tensor of the model that it belongs to.
         problems: what does not fit, one sentence each.
     """
 
@@ -37,6 +39,7 @@ class Structure:
     mtp_quantized: bool = False
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     int8: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def check_constants(self, name: str, reader: Reader) -> list[str]:
@@ -73,21 +76,26 @@ def read_structure(
     structure = Structure(output_format, rule)
     expected = expected_tensors(config, mtp=config.mtp_layer is not None)
     prefix = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
-    if prefix is not None and not any(name.startswith(prefix) for name in (*stored.tensors, *stored.unreadable)):
+    quantized = set(structure.format.weights({**stored.tensors, **dict.fromkeys(stored.unreadable)}))
+    kept = {name: _kept(structure.format, name, spec, config) for name, spec in expected.items() if name not in quantized}
+    if prefix is not None and not _holds_any(prefix, quantized, kept, stored):
         if not mtp_absent:
             structure.problems.append(f"the MTP layer is missing: config.json announces it, and no tensor {prefix}* is stored")
         expected = {name: spec for name, spec in expected.items() if not name.startswith(prefix)}
-    quantized = set(structure.format.weights({**stored.tensors, **dict.fromkeys(stored.unreadable)}))
     for name in sorted(quantized - set(expected)):
         structure.problems.append(f"{name} is quantised and is no weight of this model")
     for name, spec in expected.items():
         if name in quantized:
             _add_weight(structure, name, spec, stored)
         elif name in stored.tensors and stored.tensors[name].dtype == "I8" and structure.format.is_int8(name):
-            if parts := _whole(structure, int8_tensors(name, spec.shape), stored, f"an INT8 weight {list(spec.shape)}"):
+            outputs = int8_tensors(name, spec.shape)
+            structure.owners |= {output.name: name for output in outputs}
+            if parts := _whole(structure, outputs, stored, f"an INT8 weight {list(spec.shape)}"):
                 structure.int8[name] = parts
         else:
-            _check_plain(structure, name, spec, stored)
+            structure.owners |= {output.name: name for output in kept[name]}
+            for output in kept[name]:
+                _check_plain(structure, output, stored)
     structure.mtp_quantized = prefix is not None and any(name.startswith(prefix) for name in structure.weights)
     if check_config:
         modules: dict[bool, list[str]] = {True: [], False: []}
@@ -96,6 +104,19 @@ def read_structure(
                 modules[name in quantized].append(name.removesuffix(".weight"))
         structure.problems += structure.format.config_problems(block, rule, modules[True], modules[False], config.mtp_layer)
     return structure
+
+
+def _kept(output_format: Format, name: str, spec: TensorSpec, config: Glm5Config) -> tuple[OutputTensor, ...]:
+    """The pieces of a tensor that is not quantised; "BF16" stands for any float."""
+    whole = OutputTensor.of(name, "F32" if spec.kind == FLOAT32 else "BF16", spec.shape)
+    return output_format.container.kept(name, StoredTensor(whole.shape, whole.dtype, "", whole.bytes, 0), config).outputs
+
+
+def _holds_any(prefix: str, quantized: set[str], kept: Mapping[str, tuple[OutputTensor, ...]], stored: StoredTensors) -> bool:
+    """Whether any tensor of a layer is stored, in whatever form."""
+    pieces = {output.name for name, outputs in kept.items() if name.startswith(prefix) for output in outputs}
+    there = (*stored.tensors, *stored.unreadable)
+    return any(name.startswith(prefix) for name in (*quantized, *there)) or any(name in pieces for name in there)
 
 
 def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:
@@ -108,6 +129,7 @@ def _add_weight(structure: Structure, name: str, spec: TensorSpec, stored: Store
     except InputError as error:
         structure.problems.append(str(error).splitlines()[0])
         return
+    structure.owners |= {output.name: name for output in outputs}
     if name in stored.tensors and all(output.name != name for output in outputs):
         structure.problems.append(f"{name} is stored both quantised and as it was")
     what = f"a weight {list(spec.shape)} in groups of {structure.rule.group_size}"
@@ -136,13 +158,13 @@ def _whole(
     return {output.name: stored.tensors[output.name] for output in outputs} if whole else None
 
 
-def _check_plain(structure: Structure, name: str, spec: TensorSpec, stored: StoredTensors) -> None:
-    """Checks a tensor that is not quantised."""
-    tensor = stored.tensors.get(name)
+def _check_plain(structure: Structure, expected: OutputTensor, stored: StoredTensors) -> None:
+    """Checks a piece of a tensor that is not quantised."""
+    name, tensor = expected.name, stored.tensors.get(expected.name)
     if tensor is None:
         if name not in stored.unreadable:
             structure.problems.append(f"{name} is missing")
-    elif tensor.shape != spec.shape:
-        structure.problems.append(f"{name} is {list(tensor.shape)}; expected {list(spec.shape)}")
-    elif tensor.dtype not in (("F32",) if spec.kind == FLOAT32 else FLOATS):
-        structure.problems.append(f"{name} is stored as {tensor.dtype}; expected {'F32' if spec.kind == FLOAT32 else 'BF16'}")
+    elif tensor.shape != expected.shape:
+        structure.problems.append(f"{name} is {list(tensor.shape)}; expected {list(expected.shape)}")
+    elif tensor.dtype not in (("F32",) if expected.dtype == "F32" else FLOATS):
+        structure.problems.append(f"{name} is stored as {tensor.dtype}; expected {expected.dtype}")

@@ -121,16 +121,17 @@ def plan_transcode(source: str | PathLike[str], options: Options) -> Plan:
     options = replace(options, rule=rule, mtp=INT4 if structure.mtp_quantized else BF16, include=(), exclude=())
     options = fitting_options(options, notes)
     tensors = tuple(_planned(config, stored, structure, options))
+    container, facts = find_format(options.format).container, facts_of(config, options, path)
     return Plan(
         source=path,
         config=config,
         options=options,
         tensors=tensors,
-        shards=find_format(options.format).container.lay_out(tensors, facts_of(config, options, path)),
+        shards=container.lay_out(tensors, facts),
         config_text=config_with((path / "config.json").read_text(encoding="utf-8"), config_block(config, tensors, options)),
         block=None,
         has_weights=True,
-        notes=tuple(notes),
+        notes=(*notes, *container.notes(facts)),
         source_format=source_format,
         rule_known=manifest is not None and bool(manifest.get("rule_known", True)),
     )

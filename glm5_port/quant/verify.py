@@ -24,13 +24,12 @@ from glm5_port.config import Glm5Config
 from glm5_port.config_file import read_json
 from glm5_port.errors import CheckpointError, Glm5PortError
 from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
-from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, as_tensor, hash_file
 from glm5_port.quant.formats import Format, format_of, stored_group_size
-from glm5_port.quant.int4 import Int4Rule
+from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.manifest import read_manifest, rule_of
-from glm5_port.quant.output_files import PlannedTensor
+from glm5_port.quant.output_files import Facts, PlannedTensor
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, plan_export
 from glm5_port.quant.structure import Structure, read_structure
 from glm5_port.quant.transcode import is_int4, plan_transcode
@@ -85,7 +84,7 @@ def verify(
     raw = read_json(directory)
     config = Glm5Config.from_dict({key: value for key, value in raw.items() if key != KEY})
     manifest = read_manifest(directory)
-    output_format = format_of(raw.get(KEY), manifest)
+    output_format = format_of(raw.get(KEY), manifest, directory)
     stored = output_format.container.read(directory)
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
@@ -94,7 +93,10 @@ def verify(
     structure = read_structure(config, raw.get(KEY), stored, rule, output_format, mtp_absent=mtp_absent)
     result.problems += structure.problems
     result.checked.append(f"{len(stored.tensors):,} tensors: names, shapes, dtypes, index, config.json")
-    _note_strangers(config, stored, structure, result)
+    if strangers := [name for name in stored.tensors if name not in structure.owners]:
+        result.notes.append(f"{len(strangers):,} tensors are not known here, for example {strangers[0]}")
+    facts = Facts(config, rule, 0, directory)
+    result.problems += output_format.container.problems(directory, stored, facts)
     plan = None if source is None else _plan(Path(source), manifest, structure, result)
     chosen = [] if plan is None else _chosen(plan, sample)
     steps = _Steps(
@@ -122,13 +124,6 @@ def verify(
                 f"{len(chosen):,} of {len(plan.tensors):,} tensors: made again from {plan.source}, byte by byte"
             )
     return result
-
-
-def _note_strangers(config: Glm5Config, stored: StoredTensors, structure: Structure, result: Verified) -> None:
-    known = set(expected_tensors(config, mtp=config.mtp_layer is not None))
-    endings = {key for weights in (structure.weights, structure.int8) for tensors in weights.values() for key in tensors}
-    if strangers := [name for name in stored.tensors if name not in known and name not in endings]:
-        result.notes.append(f"{len(strangers):,} tensors are not known here, for example {strangers[0]}")
 
 
 class _Steps:
@@ -262,7 +257,7 @@ def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tupl
     rows = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) == 2)
     widest = max(tensor.bytes // max(tensor.shape[0], 1) for tensor in tensors.values() if len(tensor.shape) == 2)
     if not structure.format.row_blocks:
-        yield structure.format.decode({key: reader.whole(tensor) for key, tensor in tensors.items()}, name)
+        yield _regrouped(structure, name, {key: reader.whole(tensor) for key, tensor in tensors.items()})
         return
     step = max(1, 4 * BLOCK_WORDS // max(widest, 1))
     for first in range(0, rows, step):
@@ -273,7 +268,19 @@ def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tupl
                 width = tensor.bytes // tensor.shape[0]
                 stored = reader.bytes(tensor, first * width, (last - first) * width)
                 read[key] = as_tensor(stored, tensor.dtype, (last - first, *tensor.shape[1:]))
-        yield structure.format.decode(read, name)
+        yield _regrouped(structure, name, read)
+
+
+def _regrouped(structure: Structure, name: str, read: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Codes and scales, one for each group of the rule: a format may repeat those of a larger group."""
+    codes, scales = structure.format.decode(read, name)
+    groups, size = groups_of(codes.shape[1], structure.rule.group_size, name=name)
+    if groups >= scales.shape[1]:
+        return codes, scales
+    repeated = scales.unflatten(1, (groups, -1))
+    if not torch.equal(repeated, repeated[..., :1].expand_as(repeated)):
+        raise CheckpointError(f"scales differ within groups of {size}, the group size that is recorded")
+    return codes, repeated[..., 0]
 
 
 # --- the source ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_port.errors import CheckpointError, InputError
+from glm5_port.errors import InputError
+from glm5_port.quant import writing
 from glm5_port.quant.export import export
-from glm5_port.quant.formats.gguf import export_gguf, model_metadata
+from glm5_port.quant.formats.gguf_model import model_metadata
 from glm5_port.quant.formats.gguf_tokenizer import GLM, GPT2, why_left_out
-from glm5_port.quant.gguf_file import GgufTensor, write_gguf
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import Options
+from glm5_port.quant.transcode import transcode
+from glm5_port.quant.verify import verify
 from glm5_port.testing.tiny import tiny_config
 from tests.quant import exports
+
+GGUF = Options(format="gguf")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +39,9 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(canonical: Path) -> gguf.GGUFReader:
-    path = canonical.parent / "model.gguf"
-    size = export_gguf(canonical, path)
-    assert path.stat().st_size == size
+    made = transcode(canonical, canonical.parent / "gguf", GGUF)
+    path = canonical.parent / "gguf" / "model.gguf"
+    assert path.stat().st_size == made.plan.bytes
     return gguf.GGUFReader(path)
 
 
@@ -106,9 +112,8 @@ def test_tensors_are_those_that_the_architecture_has(reader: gguf.GGUFReader) ->
 
 def test_an_mtp_layer_that_is_not_quantised_stays_bf16(tmp_path: Path) -> None:
     source = exports.write_source(tmp_path / "source")
-    export(source, tmp_path / "int4", Options(mtp="bf16"))
-    export_gguf(tmp_path / "int4", tmp_path / "m.gguf")
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    export(source, tmp_path / "gguf", Options(format="gguf", mtp="bf16"))
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     assert kinds["blk.4.ffn_up_exps.weight"] == "BF16"
     assert kinds["blk.3.ffn_up_exps.weight"] == "Q4_0"
 
@@ -172,12 +177,10 @@ TOKENIZER: dict[str, Any] = {
 
 
 def with_tokenizer(canonical: Path, directory: Path, described: dict[str, Any]) -> gguf.GGUFReader:
-    for file in canonical.iterdir():
-        (directory / file.name).symlink_to(file)
-    (directory / "tokenizer.json").unlink()
-    (directory / "tokenizer.json").write_text(json.dumps(described))
-    export_gguf(directory, directory / "m.gguf")
-    return gguf.GGUFReader(directory / "m.gguf")
+    source = Path(shutil.copytree(canonical, directory / "int4"))
+    (source / "tokenizer.json").write_text(json.dumps(described))
+    transcode(source, directory / "gguf", GGUF)
+    return gguf.GGUFReader(directory / "gguf" / "model.gguf")
 
 
 def test_a_bpe_tokenizer_is_carried(canonical: Path, tmp_path: Path) -> None:
@@ -259,51 +262,103 @@ def test_groups_of_experts_that_leave_none_out_are_one_group() -> None:
         assert (fields["glm-dsa.expert_group_count"], fields["glm-dsa.expert_group_used_count"]) == written
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- parts and refusals --------------------------------------------------------------------------------------------------
 
 
-def damaged(canonical: Path, copy: Path, edit: Any) -> Path:
-    copy.mkdir()
-    for file in canonical.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    exports.change(copy, edit)
-    return copy
+def test_parts_say_what_llama_cpp_counts_and_hold_the_same_tensors(
+    canonical: Path, reader: gguf.GGUFReader, tmp_path: Path
+) -> None:
+    plan = transcode(canonical, tmp_path / "parts", replace(GGUF, max_shard_bytes=100_000)).plan
+    count = len(plan.shards)
+    assert count == 6
+    whole, found = values(reader), {}
+    for number in range(count):
+        part = gguf.GGUFReader(tmp_path / "parts" / f"model-{number + 1:05}-of-{count:05}.gguf")
+        assert [field(part, f"split.{key}") for key in ("no", "count", "tensors.count")] == [number, count, len(whole)]
+        kinds = [part.fields[f"split.{key}"].types for key in ("no", "count", "tensors.count")]
+        assert kinds == [[gguf.GGUFValueType.UINT16], [gguf.GGUFValueType.UINT16], [gguf.GGUFValueType.INT32]]
+        assert (part.get_field("general.architecture") is not None) == (number == 0)
+        assert not set(found) & set(values(part))
+        found |= values(part)
+    assert set(found) == set(whole)
+    assert all(found[name][0] == kind and np.array_equal(found[name][1], shown) for name, (kind, shown) in whole.items())
 
 
-def test_scales_that_float16_cannot_hold_are_listed_and_nothing_is_left(canonical: Path, tmp_path: Path) -> None:
-    name = exports.expert(2, 1, "up")
+def test_from_the_original_as_from_int4_and_with_any_number_of_workers(canonical: Path, tmp_path: Path) -> None:
+    parts = replace(GGUF, max_shard_bytes=100_000)
+    transcode(canonical, tmp_path / "int4", parts)
+    export(canonical.parent / "source", tmp_path / "one", parts)
+    export(canonical.parent / "source", tmp_path / "three", parts, workers=3)
+    from_int4, one, three = (exports.digests(tmp_path / name) for name in ("int4", "one", "three"))
+    assert one == three
+    assert {name for name, digest in one.items() if from_int4.get(name) != digest} == {
+        "int4_manifest.json",  # another source
+        "int4_report.json",  # nothing is quantised in transcoding
+        "int4_report.txt",
+    }
+
+
+def test_a_block_fp8_source(tmp_path: Path) -> None:
+    source = exports.write_source(tmp_path / "source", fp8=True)
+    export(source, tmp_path / "int4")
+    export(source, tmp_path / "gguf", GGUF)
+    assert verify(tmp_path / "gguf", source).problems == []
+    assert verify(tmp_path / "gguf", tmp_path / "int4").problems == []
+
+
+def test_scales_that_float16_cannot_hold_are_listed(canonical: Path, tmp_path: Path) -> None:
+    name, broken = exports.expert(2, 1, "up"), Path(shutil.copytree(canonical, tmp_path / "broken"))
 
     def shrink(tensors: dict[str, Tensor]) -> None:
         if f"{name}_scale" in tensors:
             tensors[f"{name}_scale"][3, 1] = 2.0**-30
 
-    broken = damaged(canonical, tmp_path / "broken", shrink)
-    with pytest.raises(InputError, match=rf"{name}.*\[3, 1\]|\[3, 1\]") as error:
-        export_gguf(broken, tmp_path / "m.gguf")
-    assert name in str(error.value)
-    assert not list(tmp_path.glob("m.gguf*"))
+    exports.change(broken, shrink)
+    with pytest.raises(InputError, match=rf"{name}: 1 of 192 scales are not exact in float16: scale \[row, group\] \[3, 1\]"):
+        transcode(broken, tmp_path / "gguf", GGUF)
+    assert not list((tmp_path / "gguf").glob("*.gguf*"))
+    source = Path(shutil.copytree(canonical.parent / "source", tmp_path / "small"))
+    exports.change(source, lambda tensors: [t[40:].mul_(1e-7) for n, t in tensors.items() if n == name])
+    with pytest.raises(InputError, match=rf"{name}: .* \[40, 0\]"):
+        export(source, tmp_path / "from_source", GGUF)
 
 
-def test_a_checkpoint_that_is_not_whole(canonical: Path, tmp_path: Path) -> None:
-    name = exports.expert(2, 1, "up")
-    broken = damaged(canonical, tmp_path / "broken", lambda tensors: tensors.pop(f"{name}_scale", None))
-    with pytest.raises(CheckpointError, match="cannot be written as GGUF"):
-        export_gguf(broken, tmp_path / "m.gguf")
+def test_the_row_of_such_a_scale_counts_from_the_first_of_the_weight(
+    canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "BLOCK_WEIGHTS", 64 * 7)
+    name, source = exports.expert(2, 1, "up"), Path(shutil.copytree(canonical.parent / "source", tmp_path / "small"))
+    exports.change(source, lambda tensors: [t[40:].mul_(1e-7) for n, t in tensors.items() if n == name])
+    with pytest.raises(InputError, match=rf"{name}: .* \[40, 0\]"):
+        export(source, tmp_path / "from_source", GGUF)
 
 
-def test_other_groups_and_plain_checkpoints_are_refused(tmp_path: Path) -> None:
-    source = exports.write_source(tmp_path / "source")
-    with pytest.raises(InputError, match="no INT4 experts"):
-        export_gguf(source, tmp_path / "m.gguf")
+def test_what_has_no_place_in_the_file_is_refused(canonical: Path, tmp_path: Path) -> None:
+    source = canonical.parent / "source"
+    for options, text in (
+        (Options(format="gguf", rule=Int4Rule("amax7", 16)), "groups of 16; a block of Q4_0 has 32 weights"),
+        (Options(format="gguf", include=("kv_b_proj",)), "has no tensor in Q4_0 for it"),
+        (Options(format="gguf", exclude=(r"layers\.2\.mlp\.experts\.1\.up",)), "would be stored in BF16, Q4_0; a stack has one"),
+    ):
+        with pytest.raises(InputError, match=text):
+            export(source, tmp_path / "out", options)
     export(source, tmp_path / "int4", Options(rule=Int4Rule("amax7", 16)))
-    with pytest.raises(InputError, match="groups of 16; a block of Q4_0 has 32"):
-        export_gguf(tmp_path / "int4", tmp_path / "m.gguf")
+    with pytest.raises(InputError, match="groups of 16; a block of Q4_0 has 32 weights"):
+        transcode(tmp_path / "int4", tmp_path / "out", GGUF)
+    strange = Path(shutil.copytree(source, tmp_path / "strange"))
+    exports.change(strange, lambda tensors: tensors.update({"model.stranger": torch.ones(4)}), "model-00001-of-00003.safetensors")
+    index = json.loads((strange / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.stranger"] = "model-00001-of-00003.safetensors"
+    (strange / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"gguf: model\.stranger has no place in llama\.cpp's glm-dsa"):
+        export(strange, tmp_path / "out", GGUF)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_of_the_wrong_size_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"earlier")
-    with pytest.raises(CheckpointError, match="2 bytes instead of 8"):
-        write_gguf(path, {}, [GgufTensor("x", "F32", (2,), lambda: [memoryview(b"ab")])])
-    assert path.read_bytes() == b"earlier"
-    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+def test_larger_groups_and_more_weights(canonical: Path, tmp_path: Path) -> None:
+    source = canonical.parent / "source"
+    options = Options(format="gguf", rule=Int4Rule("amax7", -1), include=("shared_experts",))
+    export(source, tmp_path / "rows", options)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "rows" / "model.gguf").tensors}
+    assert kinds["blk.2.ffn_up_shexp.weight"] == "Q4_0"
+    assert verify(tmp_path / "rows", source).problems == []

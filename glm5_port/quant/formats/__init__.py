@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -136,14 +138,18 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str
     return narrow
 
 
-def formats() -> dict[str, Format]:
+@cache
+def formats() -> Mapping[str, Format]:
     """Every format by name."""
     from glm5_port.quant.formats.awq import Awq
     from glm5_port.quant.formats.compressed_tensors import CompressedTensors
+    from glm5_port.quant.formats.gguf import Gguf
     from glm5_port.quant.formats.gptq import Gptq
     from glm5_port.quant.formats.modelslim import ModelSlim
+    from glm5_port.quant.formats.onnx_format import Onnx
 
-    known: tuple[Format, ...] = (CompressedTensors(), Gptq(), Awq(), ModelSlim())
+    onnx = (Onnx(), Onnx("onnx-float16", torch.float16))
+    known: tuple[Format, ...] = (CompressedTensors(), Gptq(), Awq(), ModelSlim(), Gguf(), *onnx)
     return {known_format.name: known_format for known_format in known}
 
 
@@ -159,8 +165,9 @@ def find_format(name: str) -> Format:
     return known[name]
 
 
-def format_of(block: Any, manifest: Mapping[str, Any] | None) -> Format:
-    """The format of an INT4 checkpoint: what its manifest says, else its quantization_config, else the canonical one.
+def format_of(block: Any, manifest: Mapping[str, Any] | None, directory: Path | None = None) -> Format:
+    """The format of an INT4 checkpoint: what its manifest says, else its quantization_config, else the first one whose files lie
+    in the directory, else the canonical one.
 
     Raises:
         CheckpointError: a quantization that is not INT4 in a format known here.
@@ -171,6 +178,9 @@ def format_of(block: Any, manifest: Mapping[str, Any] | None) -> Format:
     known = {name: known_format for name, known_format in formats().items() if known_format.is_source}
     if method is not None and method not in known:
         raise CheckpointError(f"quantization_config.quant_method = {method!r} is no INT4 format known here: {', '.join(known)}")
+    if method is None and directory is not None:
+        here = (known_format for known_format in formats().values() if known_format.container.is_here(directory))
+        return next(here, known["compressed-tensors"])
     return known[method or "compressed-tensors"]
 
 
