@@ -42,7 +42,7 @@ class BlockFp8:
 
 @dataclass(frozen=True, slots=True)
 class PackedInt4:
-    """A checkpoint whose routed experts are INT4 (compressed-tensors `pack-quantized`, symmetric).
+    """A checkpoint with INT4 weights (compressed-tensors `pack-quantized`, symmetric).
 
     Attributes:
         group_size: weights that share a scale, along the input dimension; `PER_CHANNEL` for a whole row.
@@ -79,7 +79,7 @@ class Glm5Config:
         eos_token_id: every id that ends a text; may be empty.
         dtype: the dtype that config.json names, or None.
         quantization: how a block-FP8 checkpoint is quantised, or None.
-        int4: how a checkpoint with INT4 experts is quantised, or None.
+        int4: how a checkpoint with INT4 weights is quantised, or None.
         notes: what reading the file had to decide or left unread, one sentence each; `glm5-port info` shows them.
 
     Raises:
@@ -227,10 +227,13 @@ class Glm5Config:
         """Whether a layer is a mixture of experts. The MTP layer always is."""
         return self._kind(layer, self.mlp_layer_types, SPARSE) == SPARSE
 
+    def is_int4(self, module: str) -> bool:
+        """Whether a projection ("model.layers.3.self_attn.o_proj") is stored in INT4."""
+        return self.int4 is not None and self.int4.names(module)
+
     def has_int4_experts(self, layer: int) -> bool:
         """Whether the routed experts of a layer are stored in INT4."""
-        module = f"model.layers.{layer}.mlp.experts.0.gate_proj"
-        return self.int4 is not None and self.is_moe(layer) and self.int4.names(module)
+        return self.is_moe(layer) and self.is_int4(f"model.layers.{layer}.mlp.experts.0.gate_proj")
 
     def index_source(self, layer: int) -> int:
         """The layer whose indices `layer` attends to: itself when it owns an indexer, else the last owner below it."""
@@ -431,18 +434,23 @@ def _check_tokens(config: Glm5Config) -> None:
 
 
 def _check_int4(config: Glm5Config) -> None:
-    """Only routed experts may be INT4: everything else must be named by `ignore`."""
+    """What is never INT4 must be named by `ignore`, and the matrices of an expert must be stored alike."""
     if config.int4 is None:
         return
     layers = [*config.layers, *([] if config.mtp_layer is None else [config.mtp_layer])]
-    others = ["lm_head", *(f"model.layers.{layer}.self_attn.o_proj" for layer in layers)]
-    others += [f"model.layers.{layer}.mlp.shared_experts.down_proj" for layer in layers if config.is_moe(layer)]
-    others += [f"model.layers.{layer}.mlp.down_proj" for layer in layers if not config.is_moe(layer)]
-    if (module := next((module for module in others if config.int4.names(module)), None)) is not None:
+    floats = ["lm_head", *(f"model.layers.{i}.self_attn.indexer.weights_proj" for i in layers if config.owns_indexer(i))]
+    if (module := next((module for module in floats if config.is_int4(module)), None)) is not None:
         raise ConfigError(
-            f"quantization_config.ignore does not name {module}, so it would be INT4: this library reads INT4 in routed experts "
-            "only"
+            f"quantization_config.ignore does not name {module}, so it would be INT4: this library reads INT4 in projections of "
+            "attention, indexers' queries and keys, MLPs and experts only"
         )
+    for layer in layers:
+        modules = [f"model.layers.{layer}.mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
+        if config.is_moe(layer) and len({config.is_int4(module) for module in modules}) > 1:
+            raise ConfigError(
+                f"quantization_config.ignore names some of {', '.join(modules)} and not the others: the matrices of an expert "
+                "are read all in INT4, or none of them"
+            )
 
 
 def _pack_quantized(int4: PackedInt4) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from glm5_port.config import PER_CHANNEL, Glm5Config
 from glm5_port.errors import ConfigError
 from glm5_port.model.accounting import count_parameters
-from glm5_port.model.tensors import expected_tensors
+from glm5_port.model.tensors import PROJECTION, expected_tensors
 from glm5_port.testing.tiny import TINY, tiny_config
 
 IGNORE = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
@@ -56,6 +56,19 @@ def test_layers_that_ignore_names_stay_as_they_are() -> None:
     assert [layer for layer in range(8) if config.has_int4_experts(layer)] == [2, 4, 5, 6]
 
 
+def test_what_ignore_does_not_name_is_expected_in_three_parts() -> None:
+    """As exports write it that quantise more than experts: kept modules one by one."""
+    kept = [f"re:.*{name}" for name in ("kv_a_proj_with_mqa", r"indexer\.(wk|weights_proj)", "shared_experts.up_proj")]
+    config = int4_config(ignore=["lm_head", *kept])
+    expected, plain = expected_tensors(config, mtp=True), expected_tensors(tiny_config(), mtp=True)
+    packed = {name.removesuffix("_packed") for name in expected if name.endswith("_packed")}
+    assert set(plain) - set(expected) == packed
+    projections = {name for name, spec in plain.items() if spec.kind == PROJECTION}
+    assert projections - packed == {n for n in projections if "kv_a_proj" in n or ".wk." in n or "shared_experts.up_proj" in n}
+    assert expected["model.layers.0.mlp.down_proj.weight_scale"].shape == (TINY["hidden_size"], TINY["intermediate_size"] // 32)
+    assert count_parameters(config) == count_parameters(tiny_config())
+
+
 def test_per_channel_and_round_trip() -> None:
     config = tiny_config(quantization_config=block(strategy="channel", group_size=None))
     assert config.int4 is not None
@@ -72,7 +85,9 @@ def test_per_channel_and_round_trip() -> None:
         ({"config_groups": block()["config_groups"] | {"group_1": {}}}, "exactly one group"),
         ({"ignore": ["re:("]}, "no regular expression"),
         ({"ignore": "lm_head"}, "must be a list"),
-        ({"ignore": ["lm_head"]}, "does not name model.layers.0.self_attn.o_proj"),
+        ({"ignore": ["lm_head"]}, "does not name model.layers.0.self_attn.indexer.weights_proj"),
+        ({"ignore": IGNORE[1:]}, "does not name lm_head"),
+        ({"ignore": [*IGNORE, r"re:.*experts\.\d+\.down_proj"]}, "the matrices of an expert are read all in INT4, or none"),
         (block(num_bits=8), "num_bits = 8"),
         (block(symmetric=False), "symmetric = False"),
         (block(actorder="group"), "actorder = 'group'"),

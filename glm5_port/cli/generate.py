@@ -35,6 +35,10 @@ def generate(
     cache_format: Annotated[str | None, typer.Option("--cache-format", help="plain, fp8 or int8.")] = None,
     block_size: Annotated[int | None, typer.Option("--block-size", help="Rows of a cache page.")] = None,
     max_context: Annotated[int | None, typer.Option("--max-context", help="Default: the config's limit.")] = None,
+    int4_activations: Annotated[
+        str | None,
+        typer.Option("--int4-activations", help="Of INT4 experts: wide (W4A16, the default) or int8 (W4A8)."),
+    ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Draft with the MTP layer and verify.")] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="Tokens drafted at a time, with --mtp.")] = 1,
     decisions: Annotated[
@@ -63,6 +67,7 @@ def generate(
         block_size=block_size,
         max_context=max_context,
         mtp=mtp,
+        int4_activations=int4_activations,
     )
     stream = TextStream(text) if text is not None else None
     made: list[int] = []

@@ -41,6 +41,7 @@ class Binder:
     ) -> None:
         self.backend = backend
         self.request = None if implementation is None else Request(("auto",), implementation, "implementation argument")
+        self.dtype = dtype
         self.common = {"device_type": device.type, "dtype": dtype, "needs_grad": trainable, **limits}
         self.facts = facts
         self.bindings: list[Bound] = []

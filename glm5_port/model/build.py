@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glm5_port.config import Glm5Config
 from glm5_port.errors import ConfigError, InputError, did_you_mean
 from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
+from glm5_port.model.layers import INT8, WIDE
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
@@ -35,6 +36,7 @@ def build(
     block_size: int | None = None,
     max_context: int | None = None,
     mtp: bool = False,
+    int4_activations: str | None = None,
     trainable: bool = False,
     implementation: str | None = None,
 ) -> Glm5Model:
@@ -55,9 +57,10 @@ def build(
         raise ConfigError("mtp=True was asked for, but this model has no MTP layer: num_nextn_predict_layers = 0")
     if trainable and config.int4 is not None:
         raise InputError(
-            "trainable=True was asked for a checkpoint with INT4 experts, whose codes have no gradient\n"
+            "trainable=True was asked for a checkpoint with INT4 weights, whose codes have no gradient\n"
             "  Train the floating-point checkpoint with glm5_port.quant.qat and export it."
         )
+    int4_activations = _int4_activations(int4_activations, config)
     cache_format = cache_format or "plain"
     cache_layout(LATENT, cache_format).check_widths((config.kv_lora_rank, config.qk_rope_head_dim))
     cache_layout(INDEX, cache_format).check_widths((config.index_head_dim,))
@@ -71,6 +74,7 @@ def build(
         block_size=block_size or DEFAULT_BLOCK_SIZE,
         max_context=max_context,
         mtp=mtp,
+        int4_activations=int4_activations,
         trainable=trainable,
         implementation=implementation,
     )
@@ -122,6 +126,18 @@ def _check_limits(config: Glm5Config, latent_norm_eps: float | None, block_size:
         raise InputError(
             f"max_context={max_context} is outside 1..{config.max_position_embeddings} (max_position_embeddings of this config)"
         )
+
+
+def _int4_activations(asked: str | None, config: Glm5Config) -> str:
+    if asked not in (None, WIDE, INT8):
+        near = did_you_mean(asked, (WIDE, INT8))
+        raise InputError(f"int4_activations={asked}: no such activations{near}\n  supported: {WIDE} (W4A16), {INT8} (W4A8)")
+    if asked == INT8 and not any(config.has_int4_experts(layer) for layer in config.moe_layers):
+        raise InputError(
+            f"int4_activations={INT8} was asked for a checkpoint without INT4 experts, whose activations stay as they are\n"
+            "  Export it with glm5-port export first, or leave the option out."
+        )
+    return asked or WIDE
 
 
 def _fill(model: Glm5Model, read: Read) -> None:

@@ -6,7 +6,6 @@ Shape legend: B sequences, S padded length, T packed tokens of a step, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import MAX_STEP_TOKENS, Batch, PagedCache, Span
 from glm5_port.model.facts import operator_facts
 from glm5_port.model.generate import Generation, SpeculationCounts
-from glm5_port.model.layers import DecoderLayer, Norm, Step
+from glm5_port.model.layers import WIDE, DecoderLayer, Norm, Options, Step
 from glm5_port.model.mtp import MtpLayer
 from glm5_port.operators.rope import rotary_angles
 from glm5_port.requests import requested_context
@@ -37,6 +36,7 @@ class Glm5Model(Generation, nn.Module):
         backend: name of the backend that it was put on.
         device, dtype: where and in what it computes.
         cache_format, block_size, max_context: how it caches.
+        int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16) or "int8" (W4A8).
         mtp: the draft layer, or None.
     """
 
@@ -52,6 +52,7 @@ class Glm5Model(Generation, nn.Module):
         block_size: int = DEFAULT_BLOCK_SIZE,
         max_context: int | None = None,
         mtp: bool = False,
+        int4_activations: str = WIDE,
         trainable: bool = False,
         implementation: str | None = None,
     ) -> None:
@@ -63,6 +64,7 @@ class Glm5Model(Generation, nn.Module):
         self.cache_format = cache_format
         self.block_size = block_size
         self.max_context = max_context or config.max_position_embeddings
+        self.int4_activations = int4_activations
         self.trainable = trainable
         self.stop_ids = config.eos_token_id
         self.speculation = SpeculationCounts()
@@ -77,12 +79,12 @@ class Glm5Model(Generation, nn.Module):
             facts=operator_facts(config, cache_format=cache_format, page_size=block_size),
         )
         self.dense_attention = self.max_context <= config.index_topk
-        common: dict[str, Any] = {"dense_attention": self.dense_attention, "cache_format": cache_format}
-        self.layers = nn.ModuleList(DecoderLayer(config, bind, number, **common) for number in config.layers)
+        options = Options(self.dense_attention, cache_format, int4_activations)
+        self.layers = nn.ModuleList(DecoderLayer(config, bind, number, options) for number in config.layers)
         self.norm = Norm(config, bind)
         self.head = BoundLayer(bind(ops.linear))
         self.embedding: nn.Parameter | None = None  # set while loading
-        self.mtp = MtpLayer(config, bind, **common) if mtp else None
+        self.mtp = MtpLayer(config, bind, options) if mtp else None
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

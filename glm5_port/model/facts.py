@@ -11,8 +11,8 @@ from glm5_port.quant.int4 import AMAX7
 def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> dict[str, dict[str, Any]]:
     """Operator name -> fact name -> value, for everything a model binds and for the operators that tools bind.
 
-    Where one operator is used at several widths (`rms_norm`, `linear`, `gated_mlp`), the entry is its largest use and layers
-    override what differs.
+    Where one operator is used at several widths (`rms_norm`, `linear`, `int4_matmul`, ...), the entry is its largest use and
+    layers override what differs.
     """
     width = {"width": config.hidden_size}
     attention = {
@@ -39,7 +39,7 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
         "cache_format": cache_format,
     }
     experts = {**width, "experts": config.n_routed_experts, "top_k": config.num_experts_per_tok}
-    int4 = {"group_size": AMAX7.group_size}
+    int4 = {"group_size": AMAX7.group_size if config.int4 is None else config.int4.group_size}
     int4_experts = {**experts, **int4, "width_between": config.moe_intermediate_size}
     return {
         "rms_norm": width,
@@ -51,6 +51,11 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
             "start": 0,
         },
         "linear": {"width_in": config.hidden_size, "width_out": config.vocab_size},
+        "linear_per_head": {
+            "heads": config.num_attention_heads,
+            "width_in": config.kv_lora_rank,
+            "width_out": config.v_head_dim,
+        },
         "gated_mlp": {**width, "width_between": config.intermediate_size},
         "mla_project": project,
         "mla_prologue": project,
@@ -84,6 +89,7 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
         },
         "expert_mlp": {**experts, "width_between": config.moe_intermediate_size},
         "int4_quantize": {**width, **int4, "rule": AMAX7.name},
+        "int4_quantize_measured": {**width, **int4, "rule": AMAX7.name},
         "int4_dequantize": {**width, **int4},
         "int4_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size, **int4},
         "int8_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size},

@@ -12,9 +12,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from glm5_port import operators as ops
-from glm5_port.config import Glm5Config, PackedInt4
+from glm5_port.config import Glm5Config
+from glm5_port.model import composed
 from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
+from glm5_port.model.tensors import layer_prefix
+
+WIDE, INT8 = "wide", "int8"
+"""Activations of INT4 experts: the working dtype (W4A16), or quantised per token as they come (W4A8)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every layer of a model shares beside its config.
+
+    Attributes:
+        dense_attention: attends to every earlier position, without an indexer.
+        cache_format: how latents, rope keys and index keys are stored.
+        int4_activations: of INT4 experts, `WIDE` or `INT8`.
+    """
+
+    dense_attention: bool
+    cache_format: str
+    int4_activations: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +54,12 @@ class Step:
 class Indexer(nn.Module):
     """Computes this layer's index keys, stores them, and selects the positions that attention may read."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, cache_format: str) -> None:
         super().__init__()
-        self.project = BoundLayer(bind(ops.indexer_prologue))
+        if composed.has_int4(config, prefix, composed.INDEX):
+            self.project: BoundLayer | composed.IndexQueries = composed.IndexQueries(config, bind, prefix)
+        else:
+            self.project = BoundLayer(bind(ops.indexer_prologue))
         self.write = bind(ops.write_cache, kind="index", widths=(config.index_head_dim,))
         self.select = {phase: bind(ops.lightning_indexer, phase=phase) for phase in (PREFILL, DECODE)}
         self.top_k = config.index_topk
@@ -67,18 +90,32 @@ class Indexer(nn.Module):
         )
 
 
-class Prologue(BoundLayer):
-    """Absorbed queries of a step; its latents and rope keys go into the cache on the way."""
+class Attention(nn.Module):
+    """What both forms of MLA share: absorbed queries of a step, whose latents and rope keys go into the cache on the way.
 
-    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
-        super().__init__(bind(ops.mla_prologue_into_cache))
+    Attributes:
+        queries: what projects queries and latents where a matrix of theirs is stored in INT4, else None.
+    """
+
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options) -> None:
+        super().__init__()
+        self.queries = composed.Queries(config, bind, prefix) if composed.has_int4(config, prefix, composed.QUERIES) else None
+        if self.queries is not None:
+            self.prologue: BoundLayer | composed.AbsorbedQueries = composed.AbsorbedQueries(config, bind, self.queries)
+        else:
+            self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
+        if composed.has_int4(config, prefix, composed.OUTPUT):
+            self.output: BoundLayer | composed.Output = composed.Output(config, bind, prefix)
+        else:
+            self.output = BoundLayer(bind(ops.attention_output))
         self.latent_norm_eps = config.latent_norm_eps
         self.rope_interleaved = config.rope_interleave
-        self.cache_format = cache_format
+        self.scale = config.softmax_scale
+        self.cache_format = options.cache_format
 
     def into_cache(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
         """Returns: absorbed queries [T, H, C], rope queries [T, H, R], the normalised query latent [T, Q]."""
-        queries: tuple[Tensor, Tensor, Tensor] = self(
+        queries: tuple[Tensor, Tensor, Tensor] = self.prologue(
             hidden=hidden_TD,
             cos=step.cos_TR,
             sin=step.sin_TR,
@@ -91,23 +128,19 @@ class Prologue(BoundLayer):
         return queries
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(Attention):
     """MLA in absorbed form over the positions that this layer's indexer, or an earlier layer's (IndexShare), selected."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str, *, owns_indexer: bool) -> None:
-        super().__init__()
-        self.prologue = Prologue(config, bind, cache_format)
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options, *, owns_indexer: bool) -> None:
+        super().__init__(config, bind, prefix, options)
         self.attend = {phase: bind(ops.sparse_mla_attention, phase=phase) for phase in (PREFILL, DECODE)}
-        self.output = BoundLayer(bind(ops.attention_output))
-        self.indexer = Indexer(config, bind, cache_format) if owns_indexer else None
-        self.scale = config.softmax_scale
-        self.cache_format = cache_format
+        self.indexer = Indexer(config, bind, prefix, options.cache_format) if owns_indexer else None
 
     def forward(
         self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch = step.batch
-        query_latent_THC, query_rope_THR, query_residual_TQ = self.prologue.into_cache(hidden_TD, step, cache)
+        query_latent_THC, query_rope_THR, query_residual_TQ = self.into_cache(hidden_TD, step, cache)
         if self.indexer is not None and cache.index is not None and indices_TK is None:
             indices_TK = self.indexer(hidden_TD, query_residual_TQ, step, cache.index)
         latent_out_THC = self.attend[batch.phase](
@@ -124,26 +157,22 @@ class SparseAttention(nn.Module):
         return self.output(latent_out=latent_out_THC), indices_TK
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(Attention):
     """MLA over every earlier position: the same function as `SparseAttention` when the declared context fits into index_topk,
     where selection keeps everything. Expanded heads in prefill, the absorbed form in decode. Needs no indexer."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, cache_format: str) -> None:
-        super().__init__()
-        self.project = BoundLayer(bind(ops.mla_project))
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options) -> None:
+        super().__init__(config, bind, prefix, options)
+        self.project = BoundLayer(bind(ops.mla_project)) if self.queries is None else self.queries
         self.write = bind(ops.write_cache)
         self.expanded = BoundLayer(bind(ops.mla_attention_expanded, phase=PREFILL))
-        self.prologue = Prologue(config, bind, cache_format)
         self.absorbed = bind(ops.mla_attention_absorbed, phase=DECODE)
-        self.expanded_output = BoundLayer(
-            bind(ops.linear, width_in=config.num_attention_heads * config.v_head_dim, width_out=config.hidden_size)
-        )
-        self.absorbed_output = BoundLayer(bind(ops.attention_output))
+        if isinstance(self.output, composed.Output):
+            self.expanded_output: BoundLayer = self.output.o
+        else:
+            width_in = config.num_attention_heads * config.v_head_dim
+            self.expanded_output = BoundLayer(bind(ops.linear, width_in=width_in, width_out=config.hidden_size))
         self.nope_dim = config.qk_nope_head_dim
-        self.latent_norm_eps = config.latent_norm_eps
-        self.rope_interleaved = config.rope_interleave
-        self.scale = config.softmax_scale
-        self.cache_format = cache_format
 
     def forward(
         self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
@@ -172,11 +201,12 @@ class DenseAttention(nn.Module):
             scale=self.scale,
             cache_format=self.cache_format,
         )
-        return self.expanded_output(out_THV.flatten(1))
+        output_TD: Tensor = self.expanded_output(out_THV.flatten(1))
+        return output_TD
 
     def _decode(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> Tensor:
         batch = step.batch
-        query_latent_THC, query_rope_THR, _ = self.prologue.into_cache(hidden_TD, step, cache)
+        query_latent_THC, query_rope_THR, _ = self.into_cache(hidden_TD, step, cache)
         latent_out_THC = self.absorbed(
             query_latent_THC,
             query_rope_THR,
@@ -187,29 +217,43 @@ class DenseAttention(nn.Module):
             scale=self.scale,
             cache_format=self.cache_format,
         )
-        return self.absorbed_output(latent_out=latent_out_THC)
+        output_TD: Tensor = self.output(latent_out=latent_out_THC)
+        return output_TD
+
+
+def gated_mlp(config: Glm5Config, bind: Binder, prefix: str, width_between: int) -> BoundLayer | composed.Mlp:
+    """`gated_mlp` with the matrices below `prefix`, whatever they are stored in."""
+    if composed.has_int4(config, prefix, composed.MLP):
+        return composed.Mlp(config, bind, prefix, width_between)
+    return BoundLayer(bind(ops.gated_mlp, width_between=width_between))
 
 
 class DenseMlp(nn.Module):
     """The gated MLP of the first layers."""
 
-    def __init__(self, config: Glm5Config, bind: Binder) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str) -> None:
         super().__init__()
-        self.mlp = BoundLayer(bind(ops.gated_mlp))
+        self.mlp = gated_mlp(config, bind, prefix, config.intermediate_size)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.mlp(hidden_TD)
+        y_TD: Tensor = self.mlp(hidden_TD)
+        return y_TD
 
 
 class MoeMlp(nn.Module):
     """Routed experts, in floating point or INT4, plus the shared expert, which is neither gated nor scaled."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, int4: PackedInt4 | None) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, number: int, options: Options) -> None:
         super().__init__()
         self.route = BoundLayer(bind(ops.route_experts))
+        int4 = config.int4 if config.has_int4_experts(number) else None
         self.packing: dict[str, Any] = {} if int4 is None else {"group_size": int4.group_size}
-        self.experts = BoundLayer(bind(ops.expert_mlp_int4 if int4 else ops.expert_mlp, **self.packing))
-        self.shared = BoundLayer(bind(ops.gated_mlp, width_between=config.shared_intermediate_size))
+        if int4 is None:
+            experts = ops.expert_mlp
+        else:
+            experts = ops.expert_mlp_int4_w4a8 if options.int4_activations == INT8 else ops.expert_mlp_int4
+        self.experts = BoundLayer(bind(experts, **self.packing))
+        self.shared = gated_mlp(config, bind, prefix + "shared_experts.", config.shared_intermediate_size)
         self.routing = {
             "top_k": config.num_experts_per_tok,
             "groups": config.n_group,
@@ -226,18 +270,18 @@ class MoeMlp(nn.Module):
 
 class DecoderLayer(nn.Module):
     """norm, attention, norm, MLP around a residual stream that is carried as (block output, residual). Layer `number` of the
-    config says which attention and which MLP."""
+    config says which attention and which MLP, and what their matrices are stored in."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, number: int, *, dense_attention: bool, cache_format: str) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, number: int, options: Options) -> None:
         super().__init__()
+        attention, mlp = layer_prefix(number) + "self_attn.", layer_prefix(number) + "mlp."
         self.input_norm = Norm(config, bind)
-        if dense_attention:
-            self.attention: nn.Module = DenseAttention(config, bind, cache_format)
+        if options.dense_attention:
+            self.attention: DenseAttention | SparseAttention = DenseAttention(config, bind, attention, options)
         else:
-            self.attention = SparseAttention(config, bind, cache_format, owns_indexer=config.owns_indexer(number))
+            self.attention = SparseAttention(config, bind, attention, options, owns_indexer=config.owns_indexer(number))
         self.attention_norm = Norm(config, bind)
-        int4 = config.int4 if config.has_int4_experts(number) else None
-        self.mlp: nn.Module = MoeMlp(config, bind, int4) if config.is_moe(number) else DenseMlp(config, bind)
+        self.mlp: nn.Module = MoeMlp(config, bind, mlp, number, options) if config.is_moe(number) else DenseMlp(config, bind, mlp)
 
     def forward(
         self, block_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None

@@ -28,6 +28,7 @@ def load(
     max_context: int | None = None,
     mtp: bool = False,
     *,
+    int4_activations: str | None = None,
     trainable: bool = False,
     implementation: str | None = None,
     progress: Progress | None = None,
@@ -37,7 +38,8 @@ def load(
     Every name, shape and dtype is checked both ways before anything is allocated; weights then stream in one at a time.
 
     Args:
-        path: directory with config.json and safetensors files, bf16 or block-FP8 (dequantised while reading).
+        path: directory with config.json and safetensors files: bf16, block-FP8 (dequantised while reading), or canonical INT4
+            (computed from its codes).
         backend: "cpu", "cuda", "npu", ..., or a list "npu,cpu" (the first usable one); None follows use_backend, then
             GLM5_PORT_BACKEND, then auto.
         dtype: working dtype; None is the config's (bfloat16 for the released models).
@@ -48,6 +50,8 @@ def load(
         max_context: most positions of a sequence; None is the config's limit. At or below index_topk attention is dense,
             since selection would keep everything.
         mtp: also load the MTP layer; generation then drafts and verifies with it.
+        int4_activations: what INT4 experts multiply with: "wide" (None: the working dtype, W4A16), or "int8" (quantised per
+            token as they come, W4A8). Other INT4 projections are W4A16 always.
         trainable: bind differentiable implementations, and let the weights require gradients.
         implementation: pins every operator ("reference"), for comparisons.
         progress: called after each tensor.
@@ -83,6 +87,7 @@ def load(
             block_size=block_size,
             max_context=max_context,
             mtp=mtp,
+            int4_activations=int4_activations,
             trainable=trainable,
             implementation=implementation,
         )

@@ -12,7 +12,7 @@ from glm5_port import operators as ops
 from glm5_port.config import Glm5Config
 from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import LayerCache
-from glm5_port.model.layers import DecoderLayer, Norm, Step
+from glm5_port.model.layers import DecoderLayer, Norm, Options, Step
 
 
 class MtpLayer(nn.Module):
@@ -24,14 +24,12 @@ class MtpLayer(nn.Module):
     Source: GLM-5 layer `num_hidden_layers`; spec section "MTP layer".
     """
 
-    def __init__(self, config: Glm5Config, bind: Binder, *, dense_attention: bool, cache_format: str) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, options: Options) -> None:
         super().__init__()
         self.embedding_norm = BoundLayer(bind(ops.rms_norm))
         self.hidden_norm = BoundLayer(bind(ops.rms_norm))
         self.join = BoundLayer(bind(ops.linear, width_in=2 * config.hidden_size, width_out=config.hidden_size))
-        self.layer = DecoderLayer(
-            config, bind, config.num_hidden_layers, dense_attention=dense_attention, cache_format=cache_format
-        )
+        self.layer = DecoderLayer(config, bind, config.num_hidden_layers, options)
         self.norm = Norm(config, bind)
         self.eps = config.rms_norm_eps
 

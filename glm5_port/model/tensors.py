@@ -6,7 +6,7 @@ stacks the experts after loading and takes them apart again when it saves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from glm5_port.config import PER_CHANNEL, Glm5Config, PackedInt4
@@ -94,7 +94,7 @@ def _decoder_layer(config: Glm5Config, layer: int) -> Iterator[tuple[str, Tensor
     if config.is_moe(layer):
         yield from _experts(config, layer)
     else:
-        yield from _mlp(prefix + "mlp.", dim, config.intermediate_size, "dense MLP")
+        yield from _as_stored(config, _mlp(prefix + "mlp.", dim, config.intermediate_size, "dense MLP"))
 
 
 def _attention(config: Glm5Config, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
@@ -107,16 +107,15 @@ def _attention(config: Glm5Config, prefix: str) -> Iterator[tuple[str, TensorSpe
         "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         "o_proj": (dim, heads * config.v_head_dim),
     }
-    for name, shape in projections.items():
-        yield f"{prefix}{name}.weight", TensorSpec(shape, PROJECTION, "attention")
+    yield from _as_stored(config, _matrices(prefix, projections, "attention"))
     yield f"{prefix}q_a_layernorm.weight", TensorSpec((query_latent,), FLOAT, "attention")
     yield f"{prefix}kv_a_layernorm.weight", TensorSpec((latent,), FLOAT, "attention")
 
 
 def _indexer(config: Glm5Config, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
     heads, width = config.index_n_heads, config.index_head_dim
-    yield f"{prefix}wq_b.weight", TensorSpec((heads * width, config.q_lora_rank), PROJECTION, "indexers")
-    yield f"{prefix}wk.weight", TensorSpec((width, config.hidden_size), PROJECTION, "indexers")
+    projections = {"wq_b": (heads * width, config.q_lora_rank), "wk": (width, config.hidden_size)}
+    yield from _as_stored(config, _matrices(prefix, projections, "indexers"))
     yield f"{prefix}k_norm.weight", TensorSpec((width,), FLOAT, "indexers")
     yield f"{prefix}k_norm.bias", TensorSpec((width,), FLOAT, "indexers")
     # Never quantised: rounding the head weights flips near-ties of the selection.
@@ -128,23 +127,36 @@ def _experts(config: Glm5Config, layer: int) -> Iterator[tuple[str, TensorSpec]]
     yield f"{prefix}gate.weight", TensorSpec((experts, dim), FLOAT, "routers")
     # float32 always: bf16 has too few digits for a bias that decides between nearly equal experts.
     yield f"{prefix}gate.e_score_correction_bias", TensorSpec((experts,), FLOAT32, "correction biases")
-    for expert in range(experts):
-        mlp = _mlp(f"{prefix}experts.{expert}.", dim, config.moe_intermediate_size, "routed experts")
-        yield from _packed(mlp, config.int4) if config.int4 is not None and config.has_int4_experts(layer) else mlp
-    yield from _mlp(f"{prefix}shared_experts.", dim, config.shared_intermediate_size, "shared experts")
+    int4 = config.int4 if config.has_int4_experts(layer) else None
+    for expert in range(experts):  # all alike, so that their names are not looked for in `ignore` one by one
+        for name, spec in _mlp(f"{prefix}experts.{expert}.", dim, config.moe_intermediate_size, "routed experts"):
+            yield from _stored(name, spec, int4)
+    yield from _as_stored(config, _mlp(f"{prefix}shared_experts.", dim, config.shared_intermediate_size, "shared experts"))
 
 
 def _mlp(prefix: str, dim: int, inner: int, component: str) -> Iterator[tuple[str, TensorSpec]]:
-    yield f"{prefix}gate_proj.weight", TensorSpec((inner, dim), PROJECTION, component)
-    yield f"{prefix}up_proj.weight", TensorSpec((inner, dim), PROJECTION, component)
-    yield f"{prefix}down_proj.weight", TensorSpec((dim, inner), PROJECTION, component)
+    yield from _matrices(prefix, {"gate_proj": (inner, dim), "up_proj": (inner, dim), "down_proj": (dim, inner)}, component)
 
 
-def _packed(matrices: Iterator[tuple[str, TensorSpec]], int4: PackedInt4) -> Iterator[tuple[str, TensorSpec]]:
-    """The three tensors that stand for each INT4 matrix."""
+def _matrices(prefix: str, shapes: Mapping[str, tuple[int, int]], component: str) -> Iterator[tuple[str, TensorSpec]]:
+    for name, shape in shapes.items():
+        yield f"{prefix}{name}.weight", TensorSpec(shape, PROJECTION, component)
+
+
+def _as_stored(config: Glm5Config, matrices: Iterable[tuple[str, TensorSpec]]) -> Iterator[tuple[str, TensorSpec]]:
+    """Each matrix, or the tensors that stand for it where the checkpoint holds it in INT4."""
     for name, spec in matrices:
-        rows, columns = spec.shape
-        groups = 1 if int4.group_size == PER_CHANNEL else columns // int4.group_size
-        yield f"{name}_packed", TensorSpec((rows, columns // CODES_PER_WORD), INT4_CODES, spec.component)
-        yield f"{name}_scale", TensorSpec((rows, groups), INT4_SCALES, spec.component)
-        yield f"{name}_shape", TensorSpec((2,), INT4_SHAPE, spec.component)
+        int4 = config.int4 if config.is_int4(name.removesuffix(".weight")) else None
+        yield from _stored(name, spec, int4)
+
+
+def _stored(name: str, spec: TensorSpec, int4: PackedInt4 | None) -> Iterator[tuple[str, TensorSpec]]:
+    """A matrix as it is, or the three tensors of an INT4 one."""
+    if int4 is None:
+        yield name, spec
+        return
+    rows, columns = spec.shape
+    groups = 1 if int4.group_size == PER_CHANNEL else columns // int4.group_size
+    yield f"{name}_packed", TensorSpec((rows, columns // CODES_PER_WORD), INT4_CODES, spec.component)
+    yield f"{name}_scale", TensorSpec((rows, groups), INT4_SCALES, spec.component)
+    yield f"{name}_shape", TensorSpec((2,), INT4_SHAPE, spec.component)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from glm5_port.config import Glm5Config
+from glm5_port.model import composed
 from glm5_port.model.bindings import BoundLayer
 from glm5_port.model.layers import DecoderLayer, DenseAttention, DenseMlp, Indexer, MoeMlp, Norm, SparseAttention
+from glm5_port.quant.int4 import dequantize_packed
 
 Read = Callable[[str], Tensor]
-"""Gives a checkpoint tensor by name, in the model's dtype and on its device (the router's bias in float32)."""
+"""Gives a checkpoint tensor by name, in the model's dtype and on its device (the router's bias in float32, parts of INT4 weights
+as they are stored)."""
 
 
 def load_decoder_layer(layer: DecoderLayer, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
@@ -26,7 +29,7 @@ def load_decoder_layer(layer: DecoderLayer, read: Read, prefix: str, config: Glm
     if isinstance(layer.mlp, MoeMlp):
         _load_moe(layer.mlp, read, prefix + "mlp.", config, trainable=trainable)
     elif isinstance(layer.mlp, DenseMlp):
-        fill(layer.mlp.mlp, gated_mlp_weights(read, prefix + "mlp."), trainable=trainable)
+        _load_gated_mlp(layer.mlp.mlp, read, prefix + "mlp.", trainable=trainable)
 
 
 def load_norm(norm: Norm, read: Read, name: str, *, trainable: bool) -> None:
@@ -63,41 +66,79 @@ def gated_mlp_weights(read: Read, prefix: str) -> dict[str, Tensor]:
     return {"gate_up": gate_up, "down": read(prefix + "down_proj.weight")}
 
 
-def _load_attention(attention: nn.Module, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
-    projections = {
-        "q_a": read(prefix + "q_a_proj.weight"),
-        "q_a_norm": read(prefix + "q_a_layernorm.weight"),
-        "q_b": read(prefix + "q_b_proj.weight"),
-        "kv_a": read(prefix + "kv_a_proj_with_mqa.weight"),
-        "kv_a_norm": read(prefix + "kv_a_layernorm.weight"),
-    }
-    w_uk, w_uv = split_kv_b(read(prefix + "kv_b_proj.weight"), config)
-    o = read(prefix + "o_proj.weight")
-    if isinstance(attention, SparseAttention):
-        fill(attention.prologue, {**projections, "w_uk": w_uk}, trainable=trainable)
+def _load_projection(projection: composed.Projection, read: Read) -> None:
+    """Fills a projection of a layer that is not trained, from the tensors that stand for its matrix."""
+    fill(projection, {name: read(projection.name + part) for name, part in projection.stored.items()}, trainable=False)
+
+
+def _load_gated_mlp(mlp: BoundLayer | composed.Mlp, read: Read, prefix: str, *, trainable: bool) -> None:
+    if isinstance(mlp, composed.Mlp):
+        for projection in (mlp.gate, mlp.up, mlp.down):
+            _load_projection(projection, read)
+    else:
+        fill(mlp, gated_mlp_weights(read, prefix), trainable=trainable)
+
+
+def _load_attention(
+    attention: DenseAttention | SparseAttention, read: Read, prefix: str, config: Glm5Config, *, trainable: bool
+) -> None:
+    """Forms of attention share their parameters; an implementation with a layout of its own makes its own copy."""
+
+    def parameter(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor, requires_grad=trainable)
+
+    norms = {name: parameter(read(f"{prefix}{name[:-5]}_layernorm.weight")) for name in ("q_a_norm", "kv_a_norm")}
+    kv_b = _floating(read, prefix + "kv_b_proj", config, norms["kv_a_norm"].dtype)
+    w_uk, w_uv = (parameter(half) for half in split_kv_b(kv_b, config))
+    if isinstance(attention.prologue, composed.AbsorbedQueries):
+        _load_queries(attention.prologue.queries, read, norms)
+        fill(attention.prologue.absorb, {"weight": w_uk.transpose(1, 2)}, trainable=trainable)
+    else:
+        matrices = {"q_a": "q_a_proj", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa"}
+        queries = norms | {name: parameter(read(f"{prefix}{module}.weight")) for name, module in matrices.items()}
+        fill(attention.prologue, {**queries, "w_uk": w_uk}, trainable=trainable)
+        if isinstance(attention, DenseAttention) and isinstance(attention.project, BoundLayer):
+            fill(attention.project, queries, trainable=trainable)
+    if isinstance(attention.output, composed.Output):
+        fill(attention.output.values, {"weight": w_uv}, trainable=trainable)
+        _load_projection(attention.output.o, read)
+    else:
+        o = parameter(read(prefix + "o_proj.weight"))
         fill(attention.output, {"w_uv": w_uv, "o": o}, trainable=trainable)
-        if attention.indexer is not None:
-            _load_indexer(attention.indexer, read, prefix + "indexer.", trainable=trainable)
-    elif isinstance(attention, DenseAttention):
-        # Both forms share the parameters; an implementation with a layout of its own makes its own copy.
-        projections = {name: nn.Parameter(tensor, requires_grad=trainable) for name, tensor in projections.items()}
-        w_uk, w_uv, o = (nn.Parameter(tensor, requires_grad=trainable) for tensor in (w_uk, w_uv, o))
-        fill(attention.project, projections, trainable=trainable)
+        if isinstance(attention, DenseAttention):
+            fill(attention.expanded_output, {"weight": o}, trainable=trainable)
+    if isinstance(attention, DenseAttention):
         fill(attention.expanded, {"w_uk": w_uk, "w_uv": w_uv}, trainable=trainable)
-        fill(attention.expanded_output, {"weight": o}, trainable=trainable)
-        fill(attention.prologue, {**projections, "w_uk": w_uk}, trainable=trainable)
-        fill(attention.absorbed_output, {"w_uv": w_uv, "o": o}, trainable=trainable)
+    elif attention.indexer is not None:
+        _load_indexer(attention.indexer, read, prefix + "indexer.", trainable=trainable)
+
+
+def _load_queries(queries: composed.Queries, read: Read, norms: Mapping[str, Tensor]) -> None:
+    for projection in (queries.q_a, queries.q_b, queries.kv_a):
+        _load_projection(projection, read)
+    fill(queries.q_a_norm, {"weight": norms["q_a_norm"]}, trainable=False)
+    fill(queries.kv_a_norm, {"weight": norms["kv_a_norm"]}, trainable=False)
+
+
+def _floating(read: Read, module: str, config: Glm5Config, dtype: torch.dtype) -> Tensor:
+    """A matrix in floating point, whatever it is stored in."""
+    if config.is_int4(module):
+        return dequantize_packed(read(f"{module}.weight_packed"), read(f"{module}.weight_scale")).to(dtype)
+    return read(f"{module}.weight")
 
 
 def _load_indexer(indexer: Indexer, read: Read, prefix: str, *, trainable: bool) -> None:
-    tensors = {
-        "wq_b": read(prefix + "wq_b.weight"),
-        "wk": read(prefix + "wk.weight"),
-        "k_norm_weight": read(prefix + "k_norm.weight"),
-        "k_norm_bias": read(prefix + "k_norm.bias"),
-        "weights_proj": read(prefix + "weights_proj.weight"),
-    }
-    fill(indexer.project, tensors, trainable=trainable)
+    norm_weight, norm_bias = read(prefix + "k_norm.weight"), read(prefix + "k_norm.bias")
+    weights_proj, project = read(prefix + "weights_proj.weight"), indexer.project
+    if isinstance(project, composed.IndexQueries):
+        for projection in (project.wq_b, project.wk):
+            _load_projection(projection, read)
+        fill(project.head_weights, {"weight": weights_proj.to(project.wide)}, trainable=trainable)
+        project.k_norm_weight = nn.Parameter(norm_weight.to(project.wide), requires_grad=trainable)
+        project.k_norm_bias = nn.Parameter(norm_bias.to(project.wide), requires_grad=trainable)
+    else:
+        matrices = {"wq_b": read(prefix + "wq_b.weight"), "wk": read(prefix + "wk.weight"), "weights_proj": weights_proj}
+        fill(project, matrices | {"k_norm_weight": norm_weight, "k_norm_bias": norm_bias}, trainable=trainable)
 
 
 def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
@@ -106,7 +147,7 @@ def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, train
     for name, parameter in moe.route.named_parameters():
         if name == "correction_bias":  # it only steers the choice: no gradient, and no weight decay either
             parameter.requires_grad_(False)
-    fill(moe.shared, gated_mlp_weights(read, prefix + "shared_experts."), trainable=trainable)
+    _load_gated_mlp(moe.shared, read, prefix + "shared_experts.", trainable=trainable)
     preparation = moe.experts.preparation
     weights_of = packed_expert_weights if moe.packing else gated_mlp_weights
     for expert in range(config.n_routed_experts):

@@ -1,10 +1,11 @@
-"""Dense products: one projection, and the gated MLP of the dense layers and the shared expert.
+"""Dense products: one projection, one for each head, and the gated MLP of the dense layers and the shared expert.
 
-Shape legend: D hidden size; F intermediate size; ... any leading dimensions.
+Shape legend: T tokens; H heads; D hidden size; F intermediate size; ... any leading dimensions.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,6 +43,42 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     wide = accumulation_dtype(x)
     return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
+
+
+@operator(
+    facts={
+        "heads": lambda weight, **_: weight.shape[0],
+        "width_in": lambda weight, **_: weight.shape[2],
+        "width_out": lambda weight, **_: weight.shape[1],
+    },
+    fake=lambda x, weight: x.new_empty((x.shape[0], *weight.shape[:2])),
+    weights=("weight",),
+    budget=LONG_SUMS,
+)
+def linear_per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Projects the row of each head by that head's own matrix.
+
+    y[t, h] = weight[h] x[t, h], accumulated in float32 (float64 for float64 inputs) and rounded once.
+
+    Args:
+        x: [T, H, in], any floating dtype.
+        weight: [H, out, in], same dtype; any strides.
+
+    Returns:
+        [T, H, out] in the dtype of x.
+
+    Contract:
+        Rows and heads are independent. NaN or infinity in a row reaches every element of that row's result. No rows: an empty
+        result. Deterministic.
+
+    Raises:
+        Nothing of its own; shapes that do not fit raise torch's error.
+
+    Source: the two halves of GLM-5's kv_b_proj in the absorbed form of MLA: keys into the queries (in: nope part, out: latent),
+    values out of the latent (in: latent, out: value part).
+    """
+    wide = accumulation_dtype(x)
+    return torch.einsum("thi,hoi->tho", x.to(wide), weight.to(wide)).to(x.dtype)
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:

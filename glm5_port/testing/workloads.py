@@ -87,6 +87,14 @@ def _dense_workloads(config: Glm5Config, T: int, name: str) -> Iterator[Workload
         lambda a: _size(a["x"], a["weight"]) + T * D * a["x"].element_size(),
         2.0 * T * H * V * D,
     )
+    N, C = config.qk_nope_head_dim, config.kv_lora_rank
+    yield Workload(
+        ops.linear_per_head,
+        name,
+        lambda make: {"x": make.normal(T, H, N), "weight": make.normal(H, C, N, std=0.05)},
+        lambda a: _size(a["x"], a["weight"]) + T * H * C * a["x"].element_size(),
+        2.0 * T * H * N * C,
+    )
     yield Workload(
         ops.gated_mlp,
         name,

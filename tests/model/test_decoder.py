@@ -97,7 +97,7 @@ def test_both_forms_share_their_weights(dense: Glm5Model) -> None:
     attention = dense.layers[0].attention
     assert attention.project.q_b is attention.prologue.q_b
     assert attention.expanded.w_uk is attention.prologue.w_uk
-    assert attention.expanded_output.weight is attention.absorbed_output.o
+    assert attention.expanded_output.weight is attention.output.o
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     indexers = sum(p.numel() for n, p in quick_model(WIDE).named_parameters() if "indexer" in n)
     assert parameters == sum(parameter.numel() for parameter in quick_model(WIDE).parameters()) - indexers

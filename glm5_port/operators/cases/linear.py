@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from glm5_port.operators.linear import gated_mlp, linear
+from glm5_port.operators.linear import gated_mlp, linear, linear_per_head
 from glm5_port.testing.cases import WIDTH, Case, Make, suite
 
 
@@ -29,6 +29,33 @@ def linear_cases() -> Iterator[Case]:
     yield Case("integers", integers, exact=True)
     yield Case("glm5_query_down", lambda make: arguments(make, 3, 6144, out=2048), tags=WIDTH)
     yield Case("glm5_output", lambda make: arguments(make, 2, 16384, out=512), tags=WIDTH)
+
+
+@suite(linear_per_head, rows=("x",))
+def linear_per_head_cases() -> Iterator[Case]:
+    def arguments(make: Make, tokens: int, heads: int, width_in: int, width_out: int) -> dict[str, object]:
+        weight = make.normal(heads, width_out, width_in, std=width_in**-0.5)
+        return {"x": make.normal(tokens, heads, width_in), "weight": weight}
+
+    def transposed(make: Make) -> dict[str, object]:
+        """As the key half of kv_b lies: [H, in, out]."""
+        made = arguments(make, 4, 3, 12, 32)
+        return {**made, "weight": make.normal(3, 12, 32, std=0.3).transpose(1, 2)}
+
+    def integers(make: Make) -> dict[str, object]:
+        return {"x": make.integers(5, 3, 32, low=-2, high=3), "weight": make.integers(3, 7, 32, low=-2, high=3)}
+
+    yield Case("no_tokens", lambda make: arguments(make, 0, 3, 12, 32))
+    yield Case("one_token", lambda make: arguments(make, 1, 3, 12, 32))
+    yield Case("one_head", lambda make: arguments(make, 5, 1, 12, 32))
+    yield Case("odd_widths", lambda make: arguments(make, 5, 3, 77, 33))
+    yield Case("strided", lambda make: {**arguments(make, 4, 3, 12, 32), "x": make.normal(4, 3, 24)[..., ::2]})
+    yield Case("part_of_a_head", lambda make: {**arguments(make, 4, 3, 12, 32), "x": make.normal(4, 3, 20)[..., :12]})
+    yield Case("weight_is_a_view", transposed)
+    yield Case("not_finite", lambda make: {**arguments(make, 3, 2, 64, 48), "x": make.with_non_finite(6, 64).view(3, 2, 64)})
+    yield Case("integers", integers, exact=True)
+    yield Case("glm5_absorb", lambda make: arguments(make, 2, 64, 192, 512), tags=WIDTH)
+    yield Case("glm5_values", lambda make: arguments(make, 2, 64, 512, 256), tags=WIDTH)
 
 
 @suite(gated_mlp, rows=("x",))
