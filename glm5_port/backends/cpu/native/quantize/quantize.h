@@ -11,11 +11,20 @@ namespace glm5 {
 constexpr int smallest_amax = (127 - 110) << 7;  // bit patterns of bfloat16: groups below are zeros
 constexpr int largest_amax = (127 + 127) << 7;   // groups above cannot be held
 
-// Sums are of exact differences of bfloat16 numbers; the largest error is a share of its group's amax, a float quotient.
+// What rounding did to a row, in the order of STATISTICS (operators/int4_measured.py). A row with a group that cannot be quantised has
+// zeros.
+constexpr int statistics_count = 7;
 struct QuantizeStatistics {
   int64_t at_limit = 0, zero_groups = 0, tiny_groups = 0, fp16_unsafe_scales = 0;
   double error_sum = 0, magnitude_sum = 0;
   float max_error = 0;
+  bool refused = false;
+
+  void store(float* to) const {
+    const double all[statistics_count] = {double(at_limit), double(zero_groups), double(tiny_groups), double(fp16_unsafe_scales),
+                                          error_sum,        magnitude_sum,       max_error};
+    for (int i = 0; i < statistics_count; ++i) to[i] = refused ? 0 : static_cast<float>(all[i]);
+  }
 };
 
 struct QuantizeCall {
@@ -24,7 +33,7 @@ struct QuantizeCall {
   int64_t rows, width, stride, group;
   uint32_t* packed;       // [rows, width / 8]
   bf16* scales;           // [rows, width / group]
-  QuantizeStatistics* statistics;  // of each row, or null
+  float* statistics;      // [rows, statistics_count], or null
   int threads;
 };
 

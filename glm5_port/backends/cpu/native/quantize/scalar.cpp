@@ -42,12 +42,13 @@ void quantize_row(const QuantizeCall& call, int64_t row) {
       statistics.magnitude_sum += std::fabs(w);
       if (error > worst) worst = error;
     }
+    statistics.refused |= !held;
     statistics.zero_groups += amax == 0;
     statistics.tiny_groups += amax > 0 && amax < smallest_amax;
     statistics.fp16_unsafe_scales += !fits_fp16(scale);
     if (ordinary) statistics.max_error = std::fmax(statistics.max_error, static_cast<float>(worst) / widen(bf16{static_cast<uint16_t>(amax)}));
   }
-  if (call.statistics) call.statistics[row] = statistics;
+  if (call.statistics) statistics.store(call.statistics + row * statistics_count);
 }
 
 void int4_quantize(const QuantizeCall& call) {

@@ -65,6 +65,7 @@ void zero_group(const T* members, int64_t size, int32_t amax, int8_t* codes, Qua
     return;
   }
   statistics.tiny_groups += amax < smallest_amax;
+  statistics.refused |= amax > largest_amax;
   F32 sizes = F32::zero();
   for (int64_t i = 0; i < size; i += F32::width) sizes = sizes + absolute(weights(members + i));
   statistics.error_sum += sizes.sum();
@@ -92,7 +93,7 @@ void quantize_row(const QuantizeCall& call, int64_t row, int8_t* codes) {
     if (measured) statistics.fp16_unsafe_scales += !fits_fp16(scale);
     for (int64_t i = 0; i < size; i += 8) *words++ = word_of(codes + i);
   }
-  if (measured) call.statistics[row] = statistics;
+  if (measured) statistics.store(call.statistics + row * statistics_count);
 }
 
 template <class T>
