@@ -68,9 +68,16 @@ CPU_ISA = Flag(
     PREFIX + "CPU_ISA",
     "auto | scalar | avx2 | avx512 | avx512_bf16 | amx",
     "auto",
-    "The widest instruction set that the native CPU kernels may use; `auto` is the widest that this machine has. `scalar` runs the "
-    "readable specification of each kernel, which is slow.",
+    "The widest instruction set that the native CPU kernels may use; `auto` is the widest that this machine has. `scalar` runs "
+    "the readable specification of each kernel, which is slow.",
     ("auto", "scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+)
+ONNXRUNTIME_PROVIDER = Flag(
+    PREFIX + "ONNXRUNTIME_PROVIDER",
+    "NAME[,NAME...]",
+    "CPUExecutionProvider",
+    "The execution providers of the backend `onnxruntime`, in the order in which they are asked for a node. What none of them "
+    "computes is an error: ONNX Runtime's own fallback to CPUExecutionProvider is off unless that provider is named too.",
 )
 OPERATOR = Flag(
     OPERATOR_PREFIX + "<OPERATOR>",
@@ -79,7 +86,7 @@ OPERATOR = Flag(
     "Pins one operator to one implementation, for example `GLM5_PORT_OP_SPARSE_MLA_ATTENTION=triton`. A pinned "
     "implementation that cannot run is an error; nothing else is tried.",
 )
-FLAGS: tuple[Flag, ...] = (BACKEND, STRICT, LOG, PLUGINS, CPU_ISA)
+FLAGS: tuple[Flag, ...] = (BACKEND, STRICT, LOG, PLUGINS, CPU_ISA, ONNXRUNTIME_PROVIDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,7 @@ class Flags:
         log: value of `GLM5_PORT_LOG`.
         plugins: value of `GLM5_PORT_PLUGINS`.
         cpu_isa: value of `GLM5_PORT_CPU_ISA`.
+        onnxruntime_provider: value of `GLM5_PORT_ONNXRUNTIME_PROVIDER`.
         pins: operator name -> value of `GLM5_PORT_OP_<OPERATOR>`.
         given: names of the flags that were set, as opposed to defaulted.
     """
@@ -101,6 +109,7 @@ class Flags:
     log: str = LOG.default
     plugins: str = PLUGINS.default
     cpu_isa: str = CPU_ISA.default
+    onnxruntime_provider: str = ONNXRUNTIME_PROVIDER.default
     pins: Mapping[str, str] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
 
@@ -112,6 +121,7 @@ class Flags:
             LOG.name: self.log,
             PLUGINS.name: self.plugins,
             CPU_ISA.name: self.cpu_isa,
+            ONNXRUNTIME_PROVIDER.name: self.onnxruntime_provider,
         }
         return settings | {OPERATOR_PREFIX + name.upper(): value for name, value in self.pins.items()}
 
@@ -152,6 +162,7 @@ def read(environ: Mapping[str, str], operators: frozenset[str]) -> Flags:
         log=values.get(LOG.name, LOG.default),
         plugins=values.get(PLUGINS.name, PLUGINS.default),
         cpu_isa=values.get(CPU_ISA.name, CPU_ISA.default),
+        onnxruntime_provider=values.get(ONNXRUNTIME_PROVIDER.name, ONNXRUNTIME_PROVIDER.default),
         pins=pins,
         given=frozenset(values) | {OPERATOR_PREFIX + name.upper() for name in pins},
     )

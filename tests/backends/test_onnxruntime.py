@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import glm5_port
+from glm5_port import flags
 from glm5_port.backends import onnxruntime as backend
 from glm5_port.dispatch import Bound
 from glm5_port.errors import InputError
@@ -224,7 +226,7 @@ def test_the_probe_names_what_is_there() -> None:
     pytest.importorskip("onnxruntime")
     found = backend.probe()
     assert found.missing is None
-    assert {"torch", "onnx", "onnxruntime", "provider"} <= set(found.details)
+    assert {"torch", "onnx", "onnxruntime", "providers"} <= set(found.details)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
@@ -244,14 +246,77 @@ def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert backend.probe().missing == ("onnx is installed and fails to import (ImportError: lib.so: not found): reinstall it")
 
 
-def test_a_build_without_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ask_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets GLM5_PORT_ONNXRUNTIME_PROVIDER for one test."""
+
+    def ask(value: str) -> None:
+        monkeypatch.setenv("GLM5_PORT_ONNXRUNTIME_PROVIDER", value)
+        flags.reset()
+
+    yield ask
+    monkeypatch.undo()
+    flags.reset()
+
+
+def test_a_build_without_the_provider(ask_for: Callable[[str], None]) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(backend, "PROVIDER", "NoSuchExecutionProvider")
-    missing = backend.probe().missing
-    assert missing is not None
-    assert missing.startswith("this onnxruntime has no NoSuchExecutionProvider (it has ")
-    assert "CPUExecutionProvider" in missing
+    for asked in ("CUDAExecutionProvider", "CPUExecutionProvider, CUDAExecutionProvider"):
+        ask_for(asked)
+        missing = backend.probe().missing
+        assert missing is not None
+        expected = "GLM5_PORT_ONNXRUNTIME_PROVIDER asks for CUDAExecutionProvider, which this build of onnxruntime does not have"
+        assert missing.startswith(f"{expected} (it has ")
+        assert "CPUExecutionProvider" in missing.partition("(it has ")[2]
+    ask_for("CpuExecutionProvider")
+    assert "did you mean CPUExecutionProvider?" in str(backend.probe().missing)
+
+
+def test_a_provider_that_is_not_there_is_an_error_before_any_session() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    script = (
+        "import torch; from glm5_port.operators.int4 import int4_matmul\n"
+        "facts = dict(device_type='cpu', dtype=torch.float32, width_in=64, width_out=48, group_size=32)\n"
+        "int4_matmul.bind(backend='onnxruntime', **facts)"
+    )
+    environment = {**_clean_environment(), "GLM5_PORT_ONNXRUNTIME_PROVIDER": "CUDAExecutionProvider"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SelectionError" in done.stderr
+    assert "asks for CUDAExecutionProvider, which this build of onnxruntime does not have (it has" in done.stderr
+
+
+def test_sessions_get_the_providers_that_were_asked_for_and_no_fallback(
+    ask_for: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What onnxruntime is told; of its providers only the CPU's can run on this machine."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    built: list[tuple[list[str], str]] = []
+
+    class Told(Exception):
+        pass
+
+    def session(model: bytes, options: Any, providers: list[str]) -> None:
+        entry = "session.disable_cpu_ep_fallback"
+        try:
+            built.append((providers, options.get_session_config_entry(entry)))
+        except RuntimeError:  # never set
+            built.append((providers, "0"))
+        raise Told
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    product, _ = matmul(*weight(8, 32))
+    for asked in ("CPUExecutionProvider", "OpenVINOExecutionProvider", "OpenVINOExecutionProvider,CPUExecutionProvider"):
+        ask_for(asked)
+        with pytest.raises(Told):
+            product(torch.ones(1, 32))
+    assert built == [
+        (["CPUExecutionProvider"], "0"),
+        (["OpenVINOExecutionProvider"], "1"),
+        (["OpenVINOExecutionProvider", "CPUExecutionProvider"], "0"),
+    ]
 
 
 def test_the_import_of_the_library_loads_neither_package() -> None:

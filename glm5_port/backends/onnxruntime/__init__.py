@@ -1,8 +1,9 @@
 """ONNX Runtime: quantised products by its CPU kernels, `MatMulNBits` and `QMoE`. Tensors stay on torch's `cpu`.
 
 It computes only when asked for by name: `auto` goes on preferring the CPU's own implementations, since which is faster depends on
-the machine. The execution provider is the one named here, and never another: where onnxruntime would fall back to its CPU
-provider for a node, the session fails instead, and a provider that is not in the installed build is told before.
+the machine. The execution providers are those that GLM5_PORT_ONNXRUNTIME_PROVIDER names, and never another: where onnxruntime
+would fall back to its CPU provider for a node, the session fails instead, and a provider that is not in the installed build is
+told before. Only CPUExecutionProvider has ever been run.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ import importlib.util
 
 import torch
 
+from glm5_port import flags
+from glm5_port.errors import did_you_mean
 from glm5_port.registry import Backend, Probe
 
-PROVIDER = "CPUExecutionProvider"
-"""The execution provider of every session."""
+CPU = "CPUExecutionProvider"
+"""The provider that onnxruntime falls back to."""
+
+
+def providers() -> list[str]:
+    """The execution providers of every session, in the order in which they are asked for a node."""
+    return [name.strip() for name in flags.current().onnxruntime_provider.split(",") if name.strip()]
 
 
 def probe() -> Probe:
@@ -30,14 +38,19 @@ def probe() -> Probe:
             text = " ".join(str(error).split())
             return Probe(f"{package} is installed and fails to import ({type(error).__name__}: {text}): reinstall it", details)
     available = importlib.import_module("onnxruntime").get_available_providers()
-    if PROVIDER not in available:
-        return Probe(f"this onnxruntime has no {PROVIDER} (it has {', '.join(available)}): install another build of it", details)
-    return Probe(None, details | {"provider": PROVIDER})
+    for name in (asked := providers()):
+        if name not in available:
+            return Probe(
+                f"{flags.ONNXRUNTIME_PROVIDER.name} asks for {name}, which this build of onnxruntime does not have (it has "
+                f"{', '.join(available)}){did_you_mean(name, available)}: name one of these, or install another build",
+                details,
+            )
+    return Probe(None, details | {"providers": ", ".join(asked)})
 
 
 BACKEND = Backend(
     name="onnxruntime",
-    title="ONNX Runtime on the CPU",
+    title="ONNX Runtime",
     device_type="cpu",
     package=None,
     collective="gloo",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from glm5_port.backends.onnxruntime import PROVIDER
+from glm5_port.backends.onnxruntime import CPU, providers
 
 OPSET, MICROSOFT_OPSET, IR_VERSION = 21, 1, 10
 DOMAIN = "com.microsoft"
@@ -43,7 +43,7 @@ def build(nodes: Sequence[Any], inputs: Mapping[str, int], width_out: int, weigh
         weights: uint8 or float32 tensors, contiguous; read where they are, never copied into a model.
 
     Raises:
-        onnxruntime's error when `PROVIDER` has no kernel for a node.
+        onnxruntime's error when no provider that was asked for has a kernel for a node.
     """
     import onnxruntime
     from onnx import TensorProto, helper
@@ -61,9 +61,9 @@ def build(nodes: Sequence[Any], inputs: Mapping[str, int], width_out: int, weigh
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_external_initializers(list(weights), values)
-    if PROVIDER != "CPUExecutionProvider":
+    if CPU not in (asked := providers()):
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=asked)
     session.disable_fallback()
     return Session(session, values)
 
