@@ -10,6 +10,12 @@ namespace glm5 {
 struct bf16 {
   uint16_t bits;
 };
+struct fp16 {
+  uint16_t bits;
+};
+struct e4m3 {
+  uint8_t bits;
+};
 
 namespace {
 
@@ -27,6 +33,22 @@ inline float float_of(uint32_t bits) {
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(int8_t x) { return x; }
+inline float widen(fp16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
+  const uint32_t magnitude = exponent == 31  ? 0x7F800000 | mantissa << 13
+                             : exponent > 0 ? (exponent + 112) << 23 | mantissa << 13
+                                            : bits_of(static_cast<float>(mantissa) * 0x1p-24f);
+  return float_of(sign | magnitude);
+}
+// Without infinities: all ones but the sign is NaN.
+inline float widen(e4m3 x) {
+  const uint32_t sign = (x.bits & 0x80u) << 24, magnitude = x.bits & 0x7F;
+  const uint32_t bits = magnitude == 0x7F ? 0x7FC00000
+                        : magnitude >= 8  ? (120u << 23) + (magnitude << 20)
+                                          : bits_of(static_cast<float>(magnitude) * 0x1p-9f);
+  return float_of(sign | bits);
+}
 
 // Half to even; subnormals are kept and NaN stays NaN, as torch rounds.
 inline bf16 round_to_bf16(float x) {

@@ -22,6 +22,7 @@ struct I32 {
   static I32 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static I32 load(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
   static I32 load(const int8_t* from) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))}; }
+  static I32 load(const uint8_t* from) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))}; }
   void store(int32_t* to) const { _mm512_storeu_si512(to, v); }
   // Of numbers from -128 to 127.
   void store(int8_t* to) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v)); }
@@ -36,6 +37,8 @@ inline I32 maximum(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline I32 minimum(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 template <int n> I32 shift_left(I32 a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n> I32 shift_right(I32 a) { return {_mm512_srli_epi32(a.v, n)}; }
+// `yes` where a > b, `no` elsewhere.
+inline I32 choose_greater(I32 a, I32 b, I32 yes, I32 no) { return {_mm512_mask_mov_epi32(no.v, _mm512_cmpgt_epi32_mask(a.v, b.v), yes.v)}; }
 
 struct F32 {
   static constexpr int width = 16;
@@ -87,6 +90,7 @@ struct I32 {
   static I32 broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
   static I32 load(const int32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
   static I32 load(const int8_t* from) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))}; }
+  static I32 load(const uint8_t* from) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))}; }
   void store(int32_t* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
   // Of numbers from -128 to 127.
   void store(int8_t* to) const {
@@ -108,6 +112,8 @@ inline I32 maximum(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
 inline I32 minimum(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
 template <int n> I32 shift_left(I32 a) { return {_mm256_slli_epi32(a.v, n)}; }
 template <int n> I32 shift_right(I32 a) { return {_mm256_srli_epi32(a.v, n)}; }
+// `yes` where a > b, `no` elsewhere.
+inline I32 choose_greater(I32 a, I32 b, I32 yes, I32 no) { return {_mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(a.v, b.v))}; }
 
 struct F32 {
   static constexpr int width = 8;
@@ -166,6 +172,17 @@ inline F32 rounded_to_bf16(F32 a) {
   const I32 bits = bits_of(a);
   const I32 odd = shift_right<16>(bits) & I32::broadcast(1);
   return float_of((bits + I32::broadcast(0x7FFF) + odd) & I32::broadcast(static_cast<int32_t>(0xFFFF0000)));
+}
+
+// Codes as floats, exactly; see widen in numbers.h.
+inline F32 load_codes(const int8_t* from) { return to_float(I32::load(from)); }
+inline F32 load_codes(const e4m3* from) {
+  const I32 codes = I32::load(reinterpret_cast<const uint8_t*>(from)), magnitude = codes & I32::broadcast(0x7F);
+  const I32 small = bits_of(to_float(magnitude) * F32::broadcast(0x1p-9f));
+  const I32 normal = shift_left<20>(magnitude) + I32::broadcast(120 << 23);
+  const I32 number = choose_greater(magnitude, I32::broadcast(7), normal, small);
+  const I32 sign = shift_left<24>(codes & I32::broadcast(0x80));
+  return float_of(sign | choose_greater(magnitude, I32::broadcast(0x7E), I32::broadcast(0x7FC00000), number));
 }
 
 // The first `count` numbers of a vector (count <= width), zeros behind them; no byte beyond is touched.
