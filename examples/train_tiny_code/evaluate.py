@@ -27,14 +27,18 @@ from glm5_port.model.decoder import Glm5Model
 
 
 @torch.inference_mode()
-def bits_per_byte(model: Glm5Model, sample: Sequence[Tensor]) -> float:
-    """Mean -log2 probability of every token of each window but its first."""
-    bits, count = 0.0, 0
+def window_bits(model: Glm5Model, sample: Sequence[Tensor]) -> Tensor:
+    """[windows] float64: -log2 probability of every token of a window but its first, summed."""
+    bits = []
     for window in sample:
         logits = model(window[None, :-1]).float()[0]
-        bits += float(F.cross_entropy(logits, window[1:].to(logits.device), reduction="sum")) / math.log(2)
-        count += len(window) - 1
-    return bits / count
+        bits.append(float(F.cross_entropy(logits, window[1:].to(logits.device), reduction="sum")) / math.log(2))
+    return torch.tensor(bits, dtype=torch.float64)
+
+
+def bits_per_byte(model: Glm5Model, sample: Sequence[Tensor]) -> float:
+    """Mean -log2 probability of every token of each window but its first."""
+    return float(window_bits(model, sample).sum()) / sum(len(window) - 1 for window in sample)
 
 
 def spread(sample: Sequence[Tensor], most: int | None) -> list[Tensor]:
