@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 
 # One thread per test process: xdist runs JOBS of them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
-TIERS_TO_COME := NPU front end, sanitizers, compile sweep, network namespaces
+TIERS_TO_COME := NPU front end, compile sweep, network namespaces
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,7 +21,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all lint bench docs clean
+.PHONY: help env demo test test-all test-sanitize lint bench docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -58,10 +58,19 @@ test: lint ## format, lint, types and the fast tests
 	@echo "== left out here:"
 	@$(PYTEST) -m slow --collect-only -q -p no:cacheprovider | grep -E '::' | sed 's/::.*//' | sort | uniq -c \
 	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
+	@echo "  native kernels under sanitizers: make test-sanitize"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
 
-test-all: test ## also the slow tests
+test-sanitize: env ## the native kernels' own tests, under address and undefined-behaviour sanitizers
+	@command -v $${CXX:-c++} >/dev/null || { echo "== NOT TESTED: sanitizers (no C++ compiler)"; exit 0; }; \
+	  echo "== native kernels under address and undefined-behaviour sanitizers"; \
+	  export PATH="$$PWD/$(BIN):$$PATH"; mkdir -p build; \
+	  cmake -S glm5_port/backends/cpu/native -B build/sanitize -G Ninja -DGLM5_PORT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log && \
+	  cmake --build build/sanitize >>build/sanitize.log || { cat build/sanitize.log; exit 1; }; \
+	  build/sanitize/native_tests
+
+test-all: test test-sanitize ## also the slow tests and the sanitizers
 	@echo "== pytest, slow tests, $(JOBS) processes"
 	@status=0; $(PYTEST) -m slow -n $(JOBS) -q || status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "  there are no slow tests yet"; elif [ $$status -ne 0 ]; then exit $$status; fi

@@ -1,0 +1,69 @@
+#include "quantize/quantize.h"
+#include "tests/harness.h"
+
+namespace glm5::tests {
+namespace {
+
+template <class T>
+struct Result {
+  Exact<uint32_t> packed;
+  Exact<bf16> scales;
+  Exact<float> statistics;
+};
+
+template <class T>
+Result<T> quantized(Isa isa, Exact<T>& weight, int64_t rows, int64_t width, int64_t stride, int64_t group, int threads) {
+  Result<T> result{Exact<uint32_t>(rows * width / 8), Exact<bf16>(rows * (width / group)), Exact<float>(rows * statistics_count)};
+  quantize_for(isa).int4_quantize({weight.data(), sizeof(T) == 2, rows, width, stride, group, result.packed.data(),
+                                   result.scales.data(), result.statistics.data(), threads});
+  return result;
+}
+
+template <class T>
+void same_bits_everywhere() {
+  std::mt19937 random(0);
+  for (const int64_t group : {8, 16, 24, 32, 64, 160}) {
+    for (const int64_t rows : {0, 1, 5, 33}) {
+      for (const int64_t gap : {0, 3}) {
+        const int64_t width = 3 * group, stride = width + gap;
+        Exact<T> weight(rows ? (rows - 1) * stride + width : 0, gap);
+        fill_normal(weight, random, 0.02f);
+        for (int64_t i = 0; i < weight.size(); i += 7) narrow(0.0f, &weight[i]);
+        if (rows == 33) {  // zeros, tiny, infinite, NaN and huge groups
+          for (int64_t i = 0; i < group; ++i) narrow(0.0f, &weight[i]), narrow(1e-37f, &weight[stride + i]);
+          narrow(INFINITY, &weight[2 * stride]), narrow(NAN, &weight[3 * stride + 1]), narrow(3e38f, &weight[4 * stride + group]);
+        }
+        const Result<T> expected = quantized(Isa::scalar, weight, rows, width, stride, group, 1);
+        for (const Isa isa : usable_isas()) {
+          for (const int threads : {1, 2, 3}) {
+            Result<T> result = quantized(isa, weight, rows, width, stride, group, threads);
+            CHECK(result.packed == expected.packed);
+            CHECK(result.scales == expected.scales);
+            for (int64_t i = 0; i < result.statistics.size(); ++i) {
+              Exact<float> theirs = expected.statistics;
+              CHECK(std::fabs(result.statistics[i] - theirs[i]) <= 1e-5f * std::fabs(theirs[i]));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(quantize_bf16) { same_bits_everywhere<bf16>(); }
+TEST(quantize_float) { same_bits_everywhere<float>(); }
+
+TEST(quantize_every_amax) {
+  Exact<bf16> weight(int64_t{1 << 15} * 8);
+  for (int64_t i = 0; i < 1 << 15; ++i) weight[8 * i + 3] = {static_cast<uint16_t>(i)};
+  const Result<bf16> result = quantized(Isa::scalar, weight, 1 << 15, 8, 8, 8, 2);
+  Result<bf16> mine = result;
+  for (int i = smallest_amax; i <= largest_amax; ++i) {
+    const double seventh = widen(bf16{static_cast<uint16_t>(i)}) / 7.0;
+    CHECK(mine.scales[i].bits == round_to_bf16(static_cast<float>(seventh)).bits);
+    CHECK(((mine.packed[i] >> 12) & 15) == 15);
+  }
+}
+
+}  // namespace
+}  // namespace glm5::tests
