@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from glm5_port.quant import files
 from glm5_port.quant.export import export
 from tests.quant.exports import SMALL_SHARDS, digests, expert, read_all, write_source
 
+SAFE = SMALL_SHARDS.format
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -29,13 +31,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("faults") / "source")
 
 
-def test_too_little_room_is_known_before_a_byte_is_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [SAFE, "gguf", "onnx"])
+def test_too_little_room_is_known_before_a_byte_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    options = replace(SMALL_SHARDS, format=name)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 10**6, 300_000))
     with pytest.raises(ExportError, match=r"has room for 300.0 kB \(300,000 bytes\)"):
-        export(source, tmp_path / "int4", SMALL_SHARDS)
-    assert not list((tmp_path / "int4").glob("model-*"))
+        export(source, tmp_path / "int4", options)
+    assert not [file.name for file in (tmp_path / "int4").iterdir() if not file.name.endswith(".journal")]
     monkeypatch.undo()
-    export(source, tmp_path / "int4", SMALL_SHARDS)  # and with room it goes on there
+    export(source, tmp_path / "int4", options)  # and with room it goes on there
 
 
 @pytest.fixture
@@ -47,19 +53,21 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_refuses_more(source: Path, tmp_path: Path, small_files: None) -> None:
+@pytest.mark.parametrize("name", [SAFE, "gguf", "onnx"])
+def test_a_disk_that_refuses_more(source: Path, tmp_path: Path, small_files: None, name: str) -> None:
     before = digests(source)
     with pytest.raises(ExportError, match="is full"):
-        export(source, tmp_path / "int4", SMALL_SHARDS)
+        export(source, tmp_path / "int4", replace(SMALL_SHARDS, format=name))
     assert not list((tmp_path / "int4").glob("*.part"))
     assert digests(source) == before
 
 
-@pytest.mark.parametrize("after", [1, 100, 200])
+@pytest.mark.parametrize(("after", "name"), [(1, SAFE), (100, SAFE), (200, SAFE), (100, "gguf"), (1000, "onnx")])
 def test_disk_full_in_the_middle_keeps_finished_shards_and_goes_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, name: str
 ) -> None:
-    export(source, tmp_path / "whole", SMALL_SHARDS)
+    options = replace(SMALL_SHARDS, format=name)
+    export(source, tmp_path / "whole", options)
     left = after
 
     def full(*arguments: Any) -> int:
@@ -75,11 +83,11 @@ def test_disk_full_in_the_middle_keeps_finished_shards_and_goes_on(
 
     monkeypatch.setattr(files, "os", Full())
     with pytest.raises(ExportError, match=r"is full: No space left on device\n  Finished shards are kept"):
-        export(source, tmp_path / "int4", SMALL_SHARDS, workers=2)
+        export(source, tmp_path / "int4", options, workers=2)
     monkeypatch.undo()
     assert not list((tmp_path / "int4").glob("*.part"))
     assert not (tmp_path / "int4" / "config.json").exists()
-    export(source, tmp_path / "int4", SMALL_SHARDS)
+    export(source, tmp_path / "int4", options)
     assert digests(tmp_path / "int4") == digests(tmp_path / "whole")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from glm5_port.quant.config_text import with_quantization, without_quantization
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.sizes import parse_bytes, show_bytes
+from glm5_port.quant.writing import spread
 from tests.quant.exports import SMALL_SHARDS, expert, write_source
 
 
@@ -52,6 +54,35 @@ def test_every_shard_stays_below_the_limit_and_every_place_is_its_own(tmp_path: 
         assert ranges[-1][1] == shard.bytes
     names = [output.name for tensor in plan.tensors for output in tensor.outputs]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "files"), [("gguf", 116), ("onnx", 80)])
+def test_counts_them_in_other_files_too(glm5: Path, name: str, files: int) -> None:
+    plan = plan_export(glm5, Options(format=name))
+    assert plan.experts() == {"trunk": 57_600, "mtp": 768}
+    scales = 2 if name == "gguf" else 4
+    assert sum(tensor.bytes for tensor in plan.quantized) == (57_600 + 768) * 6144 * 2048 // 32 * (16 + scales)
+    assert len(plan.shards) == files
+    assert plan.bytes - sum(tensor.bytes for tensor in plan.tensors) < 0.001 * plan.bytes  # headers and alignment
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx", "onnx-float16"])
+def test_every_byte_of_other_files_has_one_owner(tmp_path: Path, name: str) -> None:
+    plan = plan_export(write_source(tmp_path / "source"), replace(SMALL_SHARDS, format=name))
+    for shard in plan.shards:
+        owners = bytearray(shard.bytes)
+        for place, data in shard.fixed.items():
+            owners[place : place + len(data)] = b"h" * len(data)
+        for output in (output for tensor in shard.tensors for output in tensor.outputs):
+            for part, first in spread(shard.places[output.name], 0, memoryview(b"p" * output.bytes)):
+                assert owners[first : first + len(part)] == bytes(len(part)), output.name
+                owners[first : first + len(part)] = part
+        gaps = len(owners) - owners.count(b"h") - owners.count(b"p")
+        assert gaps < (32 if name == "gguf" else 4096) * (len(shard.places) + 1)
+    written = [output.name for shard in plan.shards for tensor in shard.tensors for output in tensor.outputs]
+    assert sorted(written) == sorted(name for shard in plan.shards for name in shard.places)
+    assert len(set(written)) == len(written)
 
 
 def test_only_routed_experts_by_default_and_more_or_less_by_pattern(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import itertools, os, signal, sys
 from glm5_port.quant.export import export
 from glm5_port.quant.plan import Options
 
-source, destination, function, number, when, workers, kill = sys.argv[1:]
+source, destination, function, number, when, workers, kill, name = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell put into the background inherit it as ignored
 real, calls = getattr(os, function), itertools.count(1)
 
@@ -37,15 +38,22 @@ def fatal(*arguments):
     return result
 
 setattr(os, function, fatal)
-export(source, destination, Options(max_shard_bytes=100_000), workers=int(workers))
+export(source, destination, Options(name, max_shard_bytes=100_000), workers=int(workers))
 """
 
 
 def run_until(
-    source: Path, destination: Path, function: str, number: int, when: str, workers: int = 1, kill: int = signal.SIGKILL
+    source: Path,
+    destination: Path,
+    function: str,
+    number: int,
+    when: str,
+    workers: int = 1,
+    kill: int = signal.SIGKILL,
+    name: str = SMALL_SHARDS.format,
 ) -> int:
     """Exports in another process that kills itself; its exit code."""
-    arguments = [str(source), str(destination), function, str(number), when, str(workers), str(int(kill))]
+    arguments = [str(source), str(destination), function, str(number), when, str(workers), str(int(kill)), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode in (0, -kill), run.stderr
@@ -75,6 +83,12 @@ POINTS = [
     ("replace", 6, "after"),  # the last files: copies and reports
     ("unlink", 1, "before"),  # everything is there but the journal is not gone
 ]
+LATER_POINTS = [
+    ("pwrite", 130, "after"),  # rows of an expert, between those of another in ONNX
+    ("replace", 9, "before"),  # between the last shard and the last file
+    ("replace", 10, "after"),
+]
+OTHER_FILES = ("gguf", "onnx")
 
 
 @pytest.mark.slow
@@ -99,6 +113,37 @@ def test_killed_with_two_workers_and_again_while_it_goes_on(source: Path, whole:
     made = export(source, destination, SMALL_SHARDS)
     assert made.resumed >= 1
     assert digests(destination) == whole
+
+
+@pytest.fixture(scope="module")
+def whole_of(source: Path) -> dict[str, dict[str, str]]:
+    """The same in the formats of other files: parts of GGUF, and data files and graphs of ONNX."""
+    for name in OTHER_FILES:
+        export(source, source.parent / name, replace(SMALL_SHARDS, format=name))
+    return {name: digests(source.parent / name) for name in OTHER_FILES}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_files_are_resumed_too(source: Path, whole_of: dict[str, dict[str, str]], tmp_path: Path, name: str) -> None:
+    destination = tmp_path / "out"
+    assert run_until(source, destination, "replace", 3, "after", workers=2, name=name) == -signal.SIGKILL
+    made = export(source, destination, replace(SMALL_SHARDS, format=name), workers=2)
+    assert made.resumed >= 1
+    assert digests(destination) == whole_of[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_FILES)
+@pytest.mark.parametrize(("function", "number", "when"), [*POINTS, *LATER_POINTS])
+def test_other_files_are_resumed_from_any_point(
+    source: Path, whole_of: dict[str, dict[str, str]], tmp_path: Path, name: str, function: str, number: int, when: str
+) -> None:
+    destination = tmp_path / "out"
+    assert run_until(source, destination, function, number, when, name=name) == -signal.SIGKILL
+    assert not (destination / "int4_manifest.json").exists() or (destination / JOURNAL).exists()
+    made = export(source, destination, replace(SMALL_SHARDS, format=name), workers=3)
+    assert made.report is not None
+    assert digests(destination) == whole_of[name]
 
 
 def test_interrupted_by_hand_leaves_no_half_files_and_goes_on(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
