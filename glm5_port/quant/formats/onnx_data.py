@@ -14,19 +14,15 @@ Shape legend: E experts; D hidden size; F intermediate size of one expert; B inp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from glm5_port.backends.onnxruntime.int4 import GROUP_SIZES
 from glm5_port.config import Glm5Config
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import FLOATS
 from glm5_port.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, expected_tensors, layer_prefix
-from glm5_port.quant.formats import exact_scales
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE
 from glm5_port.quant.output_files import ITEM_BYTES, Place
 from glm5_port.quant.packing import CODES_PER_WORD
@@ -69,21 +65,11 @@ class Initializer:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one stored tensor gives to a file.
-
-    Attributes:
-        source: name of the stored tensor; "..._packed" and "..._scale" of an INT4 weight are two.
-        rows: how many it has; a vector has one element a row.
-        row: bytes of a row as they are written.
-        place: where its rows lie.
-        convert: rows in the stored dtype -> rows as they are written; None where their bytes are copied.
-    """
+    """What one stored tensor gives to a file: its name ("..._packed" and "..._scale" of an INT4 weight are two), and where its
+    rows lie. Scales are written in the dtype of the initializer, each once for every block of its group; all else byte for byte."""
 
     source: str
-    rows: int
-    row: int
     place: Place
-    convert: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +90,7 @@ def data_files(config: Glm5Config, tensors: Mapping[str, Described], *, scales: 
         config: of the model; which weights are INT4 is told by `tensors`.
         tensors: what the checkpoint holds: floats under their names, INT4 weights as "....weight_packed" and "....weight_scale".
             The MTP layer is taken along if it is there.
-        scales: "float32", or "float16", which is refused while writing where it does not hold a scale exactly.
+        scales: "float32", or "float16", which does not hold every bfloat16 number.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -196,27 +182,16 @@ def _matrix(name: str, layout: _Layout, tensors: Mapping[str, Described], scales
         stored = tensors[name]
         yield _rows(name, stored.shape[0], layout.add(name, stored.dtype, stored.shape))
         return
-    packed = _Packed.of(name, tensors, scales)
+    packed = _Packed.of(name, tensors)
     codes = layout.add(name + CODES, "U8", (packed.rows, packed.blocks, packed.block // 2))
     yield _rows(name + PACKED, packed.rows, codes)
-    row_scales = layout.add(name + SCALES, packed.dtype, (packed.rows, packed.blocks))
-    yield _rows(name + SCALE, packed.rows, row_scales, packed.scales)
+    yield _rows(name + SCALE, packed.rows, layout.add(name + SCALES, SCALE_DTYPES[scales], (packed.rows, packed.blocks)))
 
 
-def _rows(
-    source: str,
-    rows: int,
-    whole: Initializer,
-    convert: Callable[[Tensor], Tensor] | None = None,
-    *,
-    of: int = 0,
-    first: int = 0,
-    apart: int = 1,
-) -> Part:
+def _rows(source: str, rows: int, whole: Initializer, *, of: int = 0, first: int = 0, apart: int = 1) -> Part:
     """Rows of a tensor as every `apart`-th of the `of` rows of an initializer, from row `first` on; by default as all of it."""
     row = whole.bytes // (of or rows)
-    place = Place(whole.first + first * row, *((row, apart * row) if apart > 1 else (0, 0)))
-    return Part(source, rows, row, place, convert)
+    return Part(source, Place(whole.first + first * row, *((row, apart * row) if apart > 1 else (0, 0))))
 
 
 # -- experts -------------------------------------------------------------------------------------------------------------
@@ -224,18 +199,14 @@ def _rows(
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """One stored INT4 weight: its size, the groups of the graph, how often a stored scale is repeated for them, and the scales'
-    dtype."""
+    """The size of one stored INT4 weight, and the inputs that share a scale in the graph."""
 
-    name: str
     rows: int
     width: int
     block: int
-    repeats: int
-    kind: str
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, Described], kind: str) -> _Packed:
+    def of(cls, name: str, tensors: Mapping[str, Described]) -> _Packed:
         (rows, words), (_, groups) = tensors[name + PACKED].shape, tensors[name + SCALE].shape
         width = words * CODES_PER_WORD
         group = width // groups
@@ -245,51 +216,33 @@ class _Packed:
                 f"onnx: {name} has groups of {group}; ONNX Runtime takes groups of {', '.join(map(str, GROUP_SIZES))} and whole "
                 "multiples of them"
             )
-        return cls(name, rows, width, fitting[-1], group // fitting[-1], kind)
+        return cls(rows, width, fitting[-1])
 
     @property
     def blocks(self) -> int:
-        """Groups of a row in the graph."""
+        """Scales of a row in the graph."""
         return self.width // self.block
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return SCALE_DTYPES[self.kind]
-
-    def scales(self, stored: Tensor) -> Tensor:
-        """Rows of scales as they are written."""
-        repeated = stored.repeat_interleave(self.repeats, dim=1)
-        return exact_scales(repeated, getattr(torch, self.kind), self.name, f"onnx with {self.kind} scales")
 
 
 def _packed_experts(prefix: str, experts: int, layout: _Layout, tensors: Mapping[str, Described], scales: str) -> Iterator[Part]:
     """gate_up codes [E, 2F, D / 2] and scales [E, 2F, D / B], down codes [E, D, F / 2] and scales [E, D, F / B]."""
-    stacks = {
-        name: [
-            _Packed.of(f"{prefix}{expert}.{projection}_proj.weight", tensors, scales)
-            for expert in range(experts)
-            for projection in projections
-        ]
-        for name, projections in _STACKS.items()
-    }
-    block = min(weights[0].block for weights in stacks.values())  # `QMoE` has one for both products
     places = {}
-    for name, found in stacks.items():
-        if other := next((weight for weight in found if replace(weight, name=found[0].name) != found[0]), None):
-            raise CheckpointError(f"onnx: {other.name} differs from {found[0].name} in its shape or its groups")
-        weights = [replace(weight, block=block, repeats=weight.repeats * (weight.block // block)) for weight in found]
-        one, rows = weights[0], weights[0].rows * len(_STACKS[name])
-        codes = layout.add(f"{prefix}{name}{CODES}", "U8", (experts, rows, one.width // 2))
-        places[name] = weights, codes, layout.add(f"{prefix}{name}{SCALES}", one.dtype, (experts, rows, one.blocks))
+    for stack, projections in _STACKS.items():
+        names = [f"{prefix}{expert}.{projection}_proj.weight" for expert in range(experts) for projection in projections]
+        one = _Packed.of(names[0], tensors)
+        if other := next((name for name in names if _Packed.of(name, tensors) != one), None):
+            raise CheckpointError(f"onnx: {other} differs from {names[0]} in its shape or its groups")
+        rows = one.rows * len(projections)
+        codes = layout.add(f"{prefix}{stack}{CODES}", "U8", (experts, rows, one.width // 2))
+        row_scales = layout.add(f"{prefix}{stack}{SCALES}", SCALE_DTYPES[scales], (experts, rows, one.blocks))
+        places[stack] = names, one.rows, codes, row_scales
     for expert in range(experts):
-        for name, (weights, codes, row_scales) in places.items():
-            apart = len(_STACKS[name])
+        for stack, (names, rows, codes, row_scales) in places.items():
+            apart = len(_STACKS[stack])
             for number in range(apart):
-                weight = weights[expert * apart + number]
-                of, first = len(weights) * weight.rows, expert * apart * weight.rows + number
-                yield _rows(weight.name + PACKED, weight.rows, codes, of=of, first=first, apart=apart)
-                yield _rows(weight.name + SCALE, weight.rows, row_scales, weight.scales, of=of, first=first, apart=apart)
+                name, first = names[expert * apart + number], expert * apart * rows + number
+                yield _rows(name + PACKED, rows, codes, of=len(names) * rows, first=first, apart=apart)
+                yield _rows(name + SCALE, rows, row_scales, of=len(names) * rows, first=first, apart=apart)
 
 
 def _float_experts(prefix: str, experts: int, layout: _Layout, tensors: Mapping[str, Described], scales: str) -> Iterator[Part]:

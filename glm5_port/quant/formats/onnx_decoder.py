@@ -311,15 +311,25 @@ class _Decoder(Graph):
         return str(self.node("Reshape", marked, self.numbers([-1, experts])))
 
     def _int4_experts(self, hidden: str, scores: str, affinities: str, prefix: str) -> str:
-        names = {"x": hidden, "scores": scores, "route_weights": affinities}
-        for projection in ("gate_up", "down"):
-            names[f"{projection}_codes"] = self.stored(f"{prefix}{projection}{CODES}")
-            names[f"{projection}_scales"] = self.weight(f"{prefix}{projection}{SCALES}")
-        _, _, half = self.shape_of(f"{prefix}gate_up{CODES}")
-        _, _, blocks = self.shape_of(f"{prefix}gate_up{SCALES}")
-        config = self._config
-        choices = {"top_k": config.num_experts_per_tok, "group_size": 2 * half // blocks}
+        config, names = self._config, {"x": hidden, "scores": scores, "route_weights": affinities}
+        blocks = {}
+        for stack in (f"{prefix}gate_up", f"{prefix}down"):
+            blocks[stack] = 2 * self.shape_of(stack + CODES)[2] // self.shape_of(stack + SCALES)[2]
+        block = min(blocks.values())  # one for both products
+        for stack, own in blocks.items():
+            names[f"{stack.removeprefix(prefix)}_codes"] = self.stored(stack + CODES)
+            names[f"{stack.removeprefix(prefix)}_scales"] = self._repeated(stack + SCALES, own // block)
+        choices = {"top_k": config.num_experts_per_tok, "group_size": block}
         return self.add_node(qmoe_node(names, f"{prefix}mixed", renormalise=config.norm_topk_prob, **choices))
+
+    def _repeated(self, name: str, times: int) -> str:
+        """Scales [E, rows, groups] with each repeated."""
+        experts, rows, groups = self.shape_of(name)
+        if times == 1:
+            return self.weight(name)
+        column = self.node("Unsqueeze", self.weight(name), self.numbers([-1]))
+        wide = self.node("Expand", column, self.numbers([experts, rows, groups, times]))
+        return str(self.node("Reshape", wide, self.numbers([experts, rows, groups * times])))
 
     def _float_experts(self, hidden: str, scores: str, affinities: str, prefix: str) -> str:
         """Every expert computes every row: there is no standard operator that does less."""
