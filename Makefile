@@ -21,10 +21,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-sanitize lint bench docs clean
+.PHONY: help env demo test test-all test-sanitize test-llama-cpp test-kt-kernel lint bench docs clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 	@echo "  variables: PYTHON=$(PYTHON) (makes .venv), JOBS=$(JOBS) (test processes)"
 
 env: $(READY) $(NATIVE) ## a ready .venv with everything that development needs
@@ -76,12 +76,36 @@ test-all: test test-sanitize ## also the slow tests and the sanitizers
 	  if [ $$status -eq 5 ]; then echo "  there are no slow tests yet"; elif [ $$status -ne 0 ]; then exit $$status; fi
 	@echo "== tiers that do not exist yet, so nothing here tested them: $(TIERS_TO_COME)"
 
+# Outside judges in environments of their own: .venv-<name>, made on first use and whenever its requirements change. They are in
+# no other target, and end with an error where they cannot run.
+OUTSIDE := tests/outside
+
+test-llama-cpp: env .venv-llama-cpp/.ready ## llama.cpp judges exported GGUF files (compiles it the first time, ten minutes)
+	@$(BIN)/python -m tests.outside.llama_cpp_judge
+
+.venv-llama-cpp/.ready: $(OUTSIDE)/llama_cpp_requirements.txt
+	@command -v $${CXX:-c++} >/dev/null || { echo "NOT RUN: llama.cpp is compiled from source, and there is no C++ compiler ($${CXX:-c++}): install one, or set CXX"; exit 1; }
+	@echo "== making .venv-llama-cpp and compiling llama.cpp (about ten minutes of processor time)"
+	@rm -rf .venv-llama-cpp; $(PYTHON) -m venv .venv-llama-cpp
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .venv-llama-cpp/bin/python -m pip --disable-pip-version-check --no-input --quiet install -r $<
+	@touch $@
+
+test-kt-kernel: env .venv-kt-kernel/.ready ## kt-kernel judges exported INT4 experts (needs AVX-512 or AMX)
+	@$(BIN)/python -m tests.outside.kt_kernel_judge
+
+.venv-kt-kernel/.ready: $(OUTSIDE)/kt_kernel_requirements.txt
+	@echo "== making .venv-kt-kernel (some minutes: it has a torch of its own)"
+	@rm -rf .venv-kt-kernel; $(PYTHON) -m venv .venv-kt-kernel
+	@.venv-kt-kernel/bin/python -m pip --disable-pip-version-check --no-input --quiet install --no-deps -r $< \
+	  || { echo "NOT RUN: kt-kernel has wheels for Linux on x86-64 with glibc 2.35 or newer"; exit 1; }
+	@touch $@
+
 bench: env ## time every operator at GLM-5 widths (refuses where parity is red)
 	@$(BIN)/glm5-port bench
 
 docs: env ## regenerate docs/flags.md and the evidence table of the README
 	@$(BIN)/python docs/generate.py
 
-clean: ## remove .venv and every cache
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove every environment and cache
+	rm -rf .venv .venv-llama-cpp .venv-kt-kernel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
