@@ -25,12 +25,13 @@ from glm5_port.selection import Selection as Selection
 if TYPE_CHECKING:
     from glm5_port.config import Glm5Config as Glm5Config
     from glm5_port.model.load import load as load
+    from glm5_port.model.save import save_checkpoint as save_checkpoint
 
 __version__ = "0.1.0"
 
 _backends.load_built_in()
 
-_LAZY = {"Glm5Config": "glm5_port.config", "load": "glm5_port.model.load"}
+_LAZY = {"Glm5Config": "glm5_port.config", "load": "glm5_port.model.load", "save_checkpoint": "glm5_port.model.save"}
 
 
 def __getattr__(name: str) -> Any:

@@ -106,8 +106,8 @@ def checkpoint_storage(config: Glm5Config) -> Storage:
 
 @lru_cache  # a walk over 60,000 names, asked for again with every context and batch
 def weight_bytes(config: Glm5Config, dtype: torch.dtype, mtp: bool = False) -> int:
-    """Bytes of the loaded weights in a working dtype. Block-FP8 checkpoints are dequantised while loading, and so is kv_b_proj where
-    it is INT4."""
+    """Bytes of the loaded weights in a working dtype. Block-FP8 checkpoints are dequantised while loading, and so is kv_b_proj
+    where it is INT4."""
     if config.int4 is not None:
         config = dataclasses.replace(config, int4=dataclasses.replace(config.int4, ignore=(*config.int4.ignore, _DECODED)))
     return sum(_float_bytes(spec, dtype.itemsize) for spec in expected_tensors(config, mtp).values())

@@ -6,6 +6,7 @@ Shape legend: B sequences, S padded length, T packed tokens of a step, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class Glm5Model(Generation, nn.Module):
         cache_format, block_size, max_context: how it caches.
         int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16) or "int8" (W4A8).
         mtp: the draft layer, or None.
+        source: directory of the checkpoint that it was loaded from, if any.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Glm5Model(Generation, nn.Module):
         self.int4_activations = int4_activations
         self.trainable = trainable
         self.stop_ids = config.eos_token_id
+        self.source: Path | None = None  # `load` sets it
         self.speculation = SpeculationCounts()
         self._context_at_construction = requested_context()
         self.binder = bind = Binder(

@@ -90,7 +90,6 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
         "expert_mlp": {**experts, "width_between": config.moe_intermediate_size},
         "int4_quantize": {**width, **int4, "rule": AMAX7.name},
         "int4_quantize_measured": {**width, **int4, "rule": AMAX7.name},
-        "int4_quantize_measured": {**width, **int4, "rule": AMAX7.name},
         "int4_dequantize": {**width, **int4},
         "int4_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size, **int4},
         "int8_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size},

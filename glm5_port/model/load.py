@@ -91,6 +91,7 @@ def load(
             trainable=trainable,
             implementation=implementation,
         )
+        model.source = checkpoint.path
         if (stops := checkpoint.stop_ids) is not None:
             model.stop_ids = stops
         return model

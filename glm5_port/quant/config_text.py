@@ -18,17 +18,26 @@ def with_quantization(text: str, block: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: the text holds no JSON object.
     """
+    return with_entry(text, KEY, block)
+
+
+def with_entry(text: str, key: str, entry: Any) -> str:
+    """The text with `entry` under a key: in place of the old one, or after the last.
+
+    Raises:
+        ConfigError: the text holds no JSON object.
+    """
     start, entries = _entries(text)
     found = re.match(r"\s*?\n([ \t]+)", text[start:])
     step = found[1] if found else None
-    value = json.dumps(block, indent=step, ensure_ascii=False) if step else json.dumps(block, ensure_ascii=False)
+    value = json.dumps(entry, indent=step, ensure_ascii=False) if step else json.dumps(entry, ensure_ascii=False)
     value = value.replace("\n", f"\n{step}")
-    if KEY in entries:
-        _, first, last = entries[KEY]
+    if key in entries:
+        _, first, last = entries[key]
         return text[:first] + value + text[last:]
     lead = f"\n{step}" if step else " " if entries else ""
     end = max((last for _, _, last in entries.values()), default=start)
-    return text[:end] + ("," if entries else "") + f'{lead}"{KEY}": {value}' + text[end:]
+    return text[:end] + ("," if entries else "") + f'{lead}"{key}": {value}' + text[end:]
 
 
 def without_quantization(text: str) -> str:

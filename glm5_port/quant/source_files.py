@@ -29,9 +29,12 @@ _WEIGHTS = (
 def copied_files(plan: Plan) -> list[Path]:
     """Tokenizer, chat template, generation config and every other small file of the source: all but weights, config.json (which
     is written anew), hidden files and earlier exports' own records."""
-    if not plan.has_weights:
-        return []
-    return sorted(file for file in plan.source.iterdir() if _is_copied(file))
+    return small_files(plan.source) if plan.has_weights else []
+
+
+def small_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint that are copied."""
+    return sorted(file for file in directory.iterdir() if _is_copied(file))
 
 
 def source_identity(plan: Plan) -> dict[str, Any]:

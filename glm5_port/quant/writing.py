@@ -44,7 +44,7 @@ class Run:
         self._lock = threading.Lock()
         self._stop = False
         self._failure: BaseException | None = None
-        self._open: dict[str, _OpenShard] = {}
+        self._open: dict[str, OpenShard] = {}
         self._done, self._total = 0, plan.source_bytes
         self._tasks: deque[tuple[Shard, PlannedTensor]] = deque()
         for shard in plan.shards:
@@ -75,7 +75,7 @@ class Run:
                         return
                     shard, tensor = self._tasks.popleft()
                     if shard.file not in self._open:
-                        self._open[shard.file] = _OpenShard(shard, self._path)
+                        self._open[shard.file] = OpenShard(shard, self._path)
                     target = self._open[shard.file]
                 record = _write_tensor(self._plan, tensor, reader, target)
                 if self._finished(target, tensor, record):
@@ -85,7 +85,7 @@ class Run:
                 self._failure = self._failure or error
             self._stop = True
 
-    def _finished(self, target: _OpenShard, tensor: PlannedTensor, record: dict[str, Any]) -> bool:
+    def _finished(self, target: OpenShard, tensor: PlannedTensor, record: dict[str, Any]) -> bool:
         """Notes a tensor; whether it was the last one of its shard."""
         with self._lock:
             target.records[tensor.name] = record
@@ -94,7 +94,7 @@ class Run:
                 self._progress(self._done, self._total, tensor.name)
             return len(target.records) == len(target.shard.tensors)
 
-    def _close(self, target: _OpenShard) -> None:
+    def _close(self, target: OpenShard) -> None:
         digest = target.close()
         shard = target.shard
         records = {tensor.name: target.records[tensor.name] for tensor in shard.tensors}
@@ -103,7 +103,7 @@ class Run:
             del self._open[shard.file]
 
 
-class _OpenShard:
+class OpenShard:
     """A file that is being filled."""
 
     def __init__(self, shard: Shard, directory: Path) -> None:
@@ -141,10 +141,10 @@ class _OpenShard:
         self._part.unlink(missing_ok=True)
 
 
-class _Output:
+class OpenPiece:
     """A piece that is filled from its first byte on, and hashed."""
 
-    def __init__(self, target: _OpenShard, name: str) -> None:
+    def __init__(self, target: OpenShard, name: str) -> None:
         self._target, self._place, self._done, self.digest = target, target.shard.places[name], 0, hashlib.sha256()
 
     def append(self, data: memoryview) -> None:
@@ -164,9 +164,9 @@ def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryvi
         yield data[begin : begin + place.row], place.first + (done + begin) // place.row * place.stride
 
 
-def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: _OpenShard) -> dict[str, Any]:
+def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: OpenShard) -> dict[str, Any]:
     """Writes what stands for one source tensor; hashes of it and of the source, and statistics if it was quantised."""
-    outputs = {output.name: _Output(target, output.name) for output in tensor.outputs}
+    outputs = {output.name: OpenPiece(target, output.name) for output in tensor.outputs}
     source = hashlib.sha256()
     statistics: list[Statistics] = []
     for name, data in made(plan, tensor, reader, source.update, statistics):
