@@ -37,19 +37,17 @@ def write_float(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def write_int4(root: Path, *, options: Options | None = None, exact: bool = True, **changes: Any) -> Path:
-    """A canonical INT4 checkpoint of it.
+def write_int4(root: Path, *, options: Options | None = None, **changes: Any) -> Path:
+    """A canonical INT4 checkpoint of it. Scales are cut to five bits, with which bf16(q * s) is q * s, so that engines which
+    round weights to bfloat16 and those which do not compute the same function.
 
     Args:
         root: a directory to work in.
         options: of the export.
-        exact: scales are cut to five bits, with which bf16(q * s) is q * s, so that engines which round weights to bfloat16 and
-            those which do not compute the same function.
         changes: of the config.
     """
     export(write_float(root / "float", **changes), root / "int4", options or Options(rule=Int4Rule("amax7", 32)))
-    if exact:
-        exports.change(root / "int4", cut_scales)
+    exports.change(root / "int4", cut_scales)
     return root / "int4"
 
 

@@ -226,15 +226,15 @@ def test_linear_weights_in_int4(tmp_path: Path) -> None:
     """`MatMulNBits` for every projection, and kv_b_proj decoded, which is multiplied head by head."""
     widths = {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16, "intermediate_size": 64}
     options = Options(include=(r"self_attn\.[a-z_]*proj", r"indexer\.w", r"mlp\.(shared_experts\.)?(gate|up|down)_proj"))
-    checkpoint = write_int4(tmp_path, options=options, exact=False, **GLM_52, **widths)
+    checkpoint = write_int4(tmp_path, options=options, **GLM_52, **widths)
     transcode(checkpoint, tmp_path / "graphs", ONNX)
     nodes = onnx.load(tmp_path / "graphs" / "decoder.onnx", load_external_data=False).graph.node
     by_kind = Counter(node.op_type for node in nodes)
     assert by_kind["MatMulNBits"] == 4 * 4 + 2 * 2 + 3 * 4, "attention, two indexers, one dense and three shared MLPs"
     assert by_kind["Gemm"] == 2 + 3 + 1, "the indexers' head weights, routers and the head stay as they are"
     tokens = prompt(TOKENS, vocabulary=90)
-    right = unrounded(checkpoint).forward(torch.tensor([tokens]))[0]
-    assert apart(onnx_runner.steps(tmp_path / "graphs" / "decoder.onnx", np.array(tokens), [25, 15]), right) < NEAR
+    shown = onnx_runner.steps(tmp_path / "graphs" / "decoder.onnx", np.array(tokens), [25, 15])
+    assert apart(shown, logits_of(checkpoint, tokens)) < NEAR
 
 
 def test_experts_in_floating_point_compute_too_and_stay_as_they_are_stored(tmp_path: Path) -> None:
@@ -283,17 +283,38 @@ def test_refusals(model: Any, tmp_path: Path) -> None:
 # -- the trained model ---------------------------------------------------------------------------------------------------
 
 
-def test_the_trained_model(tmp_path: Path) -> None:
-    """glm5-tiny-code in INT4 on 160 bytes of held-out text, index_topk 64."""
-    export(tiny_code.CHECKPOINT, tmp_path / "int4")
-    transcode(tmp_path / "int4", tmp_path / "graphs", ONNX)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """glm5-tiny-code in INT4, and its graphs."""
+    root = tmp_path_factory.mktemp("trained")
+    export(tiny_code.CHECKPOINT, root / "int4")
+    transcode(root / "int4", root / "graphs", ONNX)
+    return root / "int4", root / "graphs"
+
+
+def test_the_trained_model(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """On 160 bytes of held-out text, index_topk 64."""
+    checkpoint, graphs = trained
     tokens = tiny_code.held_out_prompt(160)[0].tolist()
-    torch_model = glm5_port.load(tmp_path / "int4", dtype="float32", backend="cpu")
+    torch_model = glm5_port.load(checkpoint, dtype="float32", backend="cpu")
     given = torch.tensor([tokens])
-    rounded, exact = torch_model.forward(given)[0], unrounded(tmp_path / "int4").forward(given)[0]
-    shown = without_torch(tmp_path / "graphs", tokens, 120, tmp_path)
+    rounded, exact = torch_model.forward(given)[0], unrounded(checkpoint).forward(given)[0]
+    shown = without_torch(graphs, tokens, 120, tmp_path)
     for way in ("whole", "chunks", "steps"):
         assert apart(shown[way], exact) < NEAR, way
         assert float((torch.from_numpy(shown[way]) - rounded).abs().mean() / rounded.abs().max()) < ROUNDED
     generated = torch_model.generate([tokens[:120]], max_new_tokens=40, stop_ids=[])[0]
     assert shown["greedy"].tolist() == generated
+
+
+def test_the_example_of_the_docs(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, graphs = trained
+    lines = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text().partition("```python\n")[2].partition("```")[0]
+    blocked = "import sys\nsys.modules['torch'] = sys.modules['glm5_port'] = None\n"
+    (tmp_path / "example.py").write_text(blocked + lines)
+    text = bytes(tiny_code.held_out_prompt(100)[0].tolist()).decode()
+    command = [sys.executable, tmp_path / "example.py", graphs, text]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    torch_model = glm5_port.load(checkpoint, dtype="float32", backend="cpu")
+    tokens = torch_model.generate([list(text.encode())], max_new_tokens=60, stop_ids=[])[0]
+    assert printed == bytes(token for token in tokens if token < 256).decode(errors="replace") + "\n"

@@ -14,8 +14,10 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from glm5_port.backends.onnxruntime.sessions import IR_VERSION, OPSET
 from glm5_port.config import Glm5Config
 from glm5_port.model.stored_tensors import read_directory
+from glm5_port.operators.indexer import select_top_k
 from glm5_port.quant.export import export
 from glm5_port.quant.files import Reader, as_bytes
 from glm5_port.quant.formats.onnx import DECODER, export_linear, plan_onnx
@@ -146,3 +148,32 @@ def test_the_reference_evaluator_runs_a_whole_decoder(tmp_path: Path) -> None:
         fed = {name: results[name.replace("past", "present")] for name in fed}
     right = unrounded(checkpoint).forward(torch.tensor([tokens]))[0]
     assert float((torch.cat(shown) - right).abs().max() / right.abs().max()) < 1e-5
+
+
+# -- the tie rule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "reference"])
+@pytest.mark.parametrize("top_k", [1, 4, 63, 300])
+def test_the_best_of_equals_are_the_lowest_positions(engine: str, top_k: int) -> None:
+    """`TopK` on plateaus: zeros of both signs, a few values many times, and -inf where a position may not be selected."""
+    generator = torch.Generator().manual_seed(top_k)
+    scores = torch.randint(-2, 3, (9, 300), generator=generator).float()
+    scores[scores == 0] *= torch.randint(0, 2, (int((scores == 0).sum()),), generator=generator) * 2.0 - 1
+    scores[scores == -2] = -torch.inf
+    scores[7], scores[8] = 0.0, -torch.inf
+    scores[8, 5] = -3.0
+    put = helper.make_tensor_value_info("x", TensorProto.FLOAT, [9, 300])
+    ends = [helper.make_tensor_value_info("at", TensorProto.INT64, [9, top_k])]
+    kept = helper.make_tensor("k", TensorProto.INT64, [1], [top_k])
+    graph = helper.make_graph([helper.make_node("TopK", ["x", "k"], ["best", "at"])], "best", [put], ends, [kept])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    if engine == "reference":
+        runner = ReferenceEvaluator(model)
+    else:
+        runner = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (shown,) = runner.run(["at"], {"x": scores.numpy()})
+    assert (np.take_along_axis(scores.numpy(), shown, 1) == scores.sort(dim=1, descending=True).values[:, :top_k].numpy()).all()
+    ours = select_top_k.reference(scores, top_k=top_k)
+    for row, at in enumerate(torch.from_numpy(shown)):
+        assert at[scores[row, at] > -torch.inf].sort().values.tolist() == ours[row][ours[row] >= 0].tolist()

@@ -66,7 +66,7 @@ class Initializer:
 @dataclass(frozen=True, slots=True)
 class Part:
     """What one stored tensor gives to a file: its name ("..._packed" and "..._scale" of an INT4 weight are two), and where its
-    rows lie. Scales are written in the dtype of the initializer, each once for every block of its group; all else byte for byte."""
+    rows lie. Scales are written in the dtype of the initializer, once for every block of their group; all else byte for byte."""
 
     source: str
     place: Place
@@ -102,9 +102,12 @@ def data_files(config: Glm5Config, tensors: Mapping[str, Described], *, scales: 
     if problems := list(_problems(shapes, tensors)):
         raise CheckpointError("\n  ".join(["a checkpoint that is not whole cannot be written as ONNX", *problems[:_LISTED]]))
     files = [_data_file(OUTER, [EMBEDDING, FINAL_NORM, LM_HEAD], config, tensors, scales)]
-    for layer in all_layers(config, tensors):
-        of_layer = [name for name in shapes if name.startswith(layer_prefix(layer))]
-        files.append(_data_file(f"layer_{layer}.data", of_layer, config, tensors, scales))
+    of_layers: dict[str, list[str]] = {layer_prefix(layer): [] for layer in all_layers(config, tensors)}
+    for name in shapes:
+        if (prefix := ".".join(name.split(".")[:3]) + ".") in of_layers:
+            of_layers[prefix].append(name)
+    for layer, names in zip(all_layers(config, tensors), of_layers.values(), strict=True):
+        files.append(_data_file(f"layer_{layer}.data", names, config, tensors, scales))
     return tuple(files)
 
 
@@ -165,13 +168,13 @@ class _Layout:
 
 def _data_file(file: str, names: list[str], config: Glm5Config, tensors: Mapping[str, Described], scales: str) -> DataFile:
     layout, parts = _Layout(file), list[Part]()
-    experts = [name for name in names if ".mlp.experts." in name]
+    experts = next((name for name in names if _EXPERTS in name), None)
     for name in names:
-        if name not in experts:
+        if _EXPERTS not in name:
             parts += _matrix(name, layout, tensors, scales)
-    if experts:
-        prefix = experts[0].partition("experts.")[0] + "experts."
-        stacked = _packed_experts if _is_packed(experts[0], tensors) else _float_experts
+    if experts is not None:
+        prefix = experts.partition(_EXPERTS)[0] + _EXPERTS
+        stacked = _packed_experts if _is_packed(experts, tensors) else _float_experts
         parts += stacked(prefix, config.n_routed_experts, layout, tensors, scales)
     return DataFile(file, layout.end, tuple(layout.initializers), tuple(parts))
 
@@ -259,5 +262,6 @@ def _float_experts(prefix: str, experts: int, layout: _Layout, tensors: Mapping[
         yield from (_rows(name, rows, whole, of=experts * rows, first=expert * rows) for expert, name in enumerate(names))
 
 
+_EXPERTS = ".mlp.experts."
 _STACKS = {"gate_up": ("gate", "up"), "down": ("down",)}
 """Initializers of the stacked INT4 experts, and whose rows alternate in each."""
