@@ -1,6 +1,6 @@
 # Everything from a fresh clone: needs Python >= 3.11 with venv and headers, a C++ compiler for the native kernels (without one the
 # portable implementations are tested alone, and the run says so), and nothing else.
-# All tools live in .venv; no other environment is read or written.
+# All tools live in .venv; only the outside judges (test-llama-cpp, test-kt-kernel) have environments of their own.
 
 PYTHON ?= python3
 JOBS ?= 2

@@ -1,6 +1,6 @@
 """transformers 5.23 as a judge of exports: it loads them, its expert matrices are ours bit for bit, and its logits are those of
-this library's model. In float32 with the decoded weights everywhere; in bfloat16 only where index_topk covers the context, because
-beyond it a key that rounding moves over the edge of the selection makes another context.
+this library's model. In float32 with the decoded weights everywhere; in bfloat16 only where index_topk covers the context,
+because beyond it a key that rounding moves over the edge of the selection makes another context.
 
 Not a judge of whether a checkpoint is whole: it loads one with a scale missing (`tests/quant/test_verify.py` is).
 """
