@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 
 import glm5_port
-from glm5_port.config import Glm5Config
+from glm5_port.config import Glm5Config, released
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.cache import Span
 from glm5_port.model.stored_tensors import read_directory
+from glm5_port.operators.rope import rotary_angles
 from glm5_port.quant.export import export
+from glm5_port.quant.formats import onnx_decoder
 from glm5_port.quant.formats.onnx import DECODER, plan_onnx
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.plan import Options
@@ -135,6 +138,18 @@ def test_the_eps_of_the_latent_norms_can_be_that_of_hugging_face(model: Any, tmp
     right = logits_of(checkpoint, tokens, latent_norm_eps=1e-6)
     assert apart(onnx_runner.steps(tmp_path / "decoder.onnx", np.array(tokens), [12]), right) < NEAR
     assert apart(onnx_runner.steps(graphs / "decoder.onnx", np.array(tokens), [12]), right) > 100 * NEAR
+
+
+@pytest.mark.parametrize("release", ["GLM-5", "GLM-5.2"])
+def test_angles_are_those_of_the_model_at_any_position(release: str) -> None:
+    config, positions = released(release), torch.tensor([[0, 1, 2047, 99_999, 202_751, 524_289, 1_048_575]])
+    graph = onnx_decoder._Decoder(config, [])
+    for value, name in zip(graph._angles(graph.input("positions", [1, 7], integers=True)), ("cos", "sin"), strict=True):
+        graph.output(value, name, [1, 7, 1, 32])
+    session = onnxruntime.InferenceSession(graph.serialised("angles", {}), providers=["CPUExecutionProvider"])
+    shown = session.run(None, {"positions": positions.numpy()})
+    for one, right in zip(shown, rotary_angles(positions[0], config.rope_theta, 64), strict=True):
+        assert (torch.from_numpy(one)[0, :, 0] - right).abs().max() < 2e-7
 
 
 def test_sequences_of_a_batch_are_alone(model: Any) -> None:

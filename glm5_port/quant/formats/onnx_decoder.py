@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from glm5_port.backends.onnxruntime.int4 import qmoe_node
 from glm5_port.config import Glm5Config
@@ -137,7 +138,7 @@ class _Decoder(Graph):
             layers: whose caches are inputs.
         """
         config = self._config
-        tokens = self.node("Shape", self.input(TOKENS, [_BATCH, _NEW], integers=True))
+        tokens = self.once("Shape", self.input(TOKENS, [_BATCH, _NEW], integers=True))
         positions = self.input(POSITIONS, [_BATCH, _NEW], integers=True)
         for layer in layers:
             for kind, width in self._cache_widths(layer).items():
@@ -171,12 +172,12 @@ class _Decoder(Graph):
             self.output(self.reshape(value, tokens, [width]), name, [_BATCH, _NEW, width])
 
     def _angles(self, positions: str) -> tuple[str, str]:
-        """As `rotary_angles`: frequency and product both in float32."""
+        """As `rotary_angles`: frequency and product both in float32, the frequencies by torch, whose last bits numpy's powers do
+        not have; at a position of a million that is 0.03 radian."""
         dims = self._config.qk_rope_head_dim
-        exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-        frequencies = np.float32(1.0) / np.float32(self._config.rope_theta) ** exponents
+        frequencies = 1.0 / self._config.rope_theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
         wide = self.node("Cast", positions, to=self.float32)
-        angles = self.node("Mul", self.node("Unsqueeze", wide, self.numbers([-1, -2])), self.floats(frequencies))
+        angles = self.node("Mul", self.node("Unsqueeze", wide, self.numbers([-1, -2])), self.floats(frequencies.numpy()))
         return self.node("Cos", angles), self.node("Sin", angles)
 
     def _cache_widths(self, layer: int) -> dict[str, int]:
