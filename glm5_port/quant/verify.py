@@ -25,7 +25,7 @@ from glm5_port.config_file import read_json
 from glm5_port.errors import CheckpointError, Glm5PortError
 from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
 from glm5_port.quant.config_text import KEY, without_quantization
-from glm5_port.quant.files import Reader, as_tensor, hash_file
+from glm5_port.quant.files import Reader, hash_file
 from glm5_port.quant.formats import Format, format_of, stored_group_size
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.manifest import read_manifest, rule_of
@@ -33,7 +33,7 @@ from glm5_port.quant.output_files import Facts, PlannedTensor
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, plan_export
 from glm5_port.quant.structure import Structure, read_structure
 from glm5_port.quant.transcode import is_int4, plan_transcode
-from glm5_port.quant.writing import made
+from glm5_port.quant.writing import made, read_parts
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, name of the tensor)."""
@@ -254,21 +254,15 @@ def _check_int8(name: str, structure: Structure, reader: Reader) -> list[str]:
 def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
     """(codes, scales) of blocks of rows of a weight."""
     tensors = structure.weights[name]
-    rows = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) == 2)
-    widest = max(tensor.bytes // max(tensor.shape[0], 1) for tensor in tensors.values() if len(tensor.shape) == 2)
     if not structure.format.row_blocks:
-        yield _regrouped(structure, name, {key: reader.whole(tensor) for key, tensor in tensors.items()})
+        yield _regrouped(structure, name, read_parts(tensors, reader, None))
         return
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) == 2]
+    rows = max(tensor.shape[0] for tensor in matrices)
+    widest = max(tensor.bytes // max(tensor.shape[0], 1) for tensor in matrices)
     step = max(1, 4 * BLOCK_WORDS // max(widest, 1))
     for first in range(0, rows, step):
-        last = min(first + step, rows)
-        read = {}
-        for key, tensor in tensors.items():
-            if len(tensor.shape) == 2:
-                width = tensor.bytes // tensor.shape[0]
-                stored = reader.bytes(tensor, first * width, (last - first) * width)
-                read[key] = as_tensor(stored, tensor.dtype, (last - first, *tensor.shape[1:]))
-        yield _regrouped(structure, name, read)
+        yield _regrouped(structure, name, read_parts(tensors, reader, (first, min(first + step, rows))))
 
 
 def _regrouped(structure: Structure, name: str, read: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

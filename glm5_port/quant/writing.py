@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.errors import InputError
+from glm5_port.errors import ExportError, InputError
 from glm5_port.model.block_fp8 import dequantize_rows
+from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.operators.int4 import quantize_rows
 from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, write_at
 from glm5_port.quant.formats import exact_scales
@@ -145,14 +146,14 @@ class OpenPiece:
     """A piece that is filled from its first byte on, and hashed."""
 
     def __init__(self, target: OpenShard, name: str) -> None:
-        self._target, self._place, self._done, self.digest = target, target.shard.places[name], 0, hashlib.sha256()
+        self._target, self._place, self.bytes, self.digest = target, target.shard.places[name], 0, hashlib.sha256()
 
     def append(self, data: memoryview) -> None:
         """Writes the next bytes; whole rows where rows do not follow each other."""
-        for part, first in spread(self._place, self._done, data):
+        for part, first in spread(self._place, self.bytes, data):
             self._target.write(part, first)
         self.digest.update(data)
-        self._done += len(data)
+        self.bytes += len(data)
 
 
 def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryview, int]]:
@@ -171,6 +172,9 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: Ope
     statistics: list[Statistics] = []
     for name, data in made(plan, tensor, reader, source.update, statistics):
         outputs[name].append(data)
+    for planned in tensor.outputs:
+        if outputs[planned.name].bytes != planned.bytes:
+            raise ExportError(f"{planned.name}: {outputs[planned.name].bytes:,} bytes were made, {planned.bytes:,} were planned")
     record: dict[str, Any] = {"source": source.hexdigest()}
     record["outputs"] = {name: output.digest.hexdigest() for name, output in outputs.items()}
     return record | ({"statistics": asdict(total(statistics))} if statistics else {})
@@ -226,16 +230,44 @@ def made(
 def _repacked(
     plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None]
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Rows of the pieces of a weight whose codes and scales an INT4 source has: all rows at once."""
+    """Rows of the pieces of a weight whose codes and scales an INT4 source has; all at once where either format wants that."""
+    if plan.source_format is None:
+        raise InputError(f"{tensor.name}: its codes are to be carried, and the source is not INT4")
+    rows, step = tensor.source.shape[0], block_rows(plan, tensor)[0]
+    for first in range(0, rows, step):
+        span = None if step == rows else (first, min(first + step, rows))
+        codes, scales = plan.source_format.decode(read_parts(tensor.parts, reader, span, seen), tensor.name)
+        canonical = exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name, first)
+        yield _encoded(plan, tensor, codes, canonical, first)
+
+
+def read_parts(
+    parts: Mapping[str, StoredTensor],
+    reader: Reader,
+    span: tuple[int, int] | None,
+    seen: Callable[[bytearray], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """The stored tensors of a weight in INT4, whole or a block of rows of them.
+
+    Args:
+        parts: by name.
+        reader: of their directory.
+        span: first and end row of the matrices among them; None reads all of everything. Whatever is no matrix (a stored shape)
+            goes with the first row.
+        seen: called with the stored bytes.
+    """
     read = {}
-    for name, part in tensor.parts.items():
-        stored = reader.bytes(part, 0, part.bytes)
+    for name, part in parts.items():
+        first, shape = 0, part.shape
+        if span is not None and len(part.shape) == 2:
+            first, shape = span[0], (span[1] - span[0], part.shape[1])
+        elif span is not None and span[0]:
+            continue
+        width = part.bytes // max(part.shape[0], 1)
+        stored = reader.bytes(part, first * width, shape[0] * width)
         seen(stored)
-        read[name] = as_tensor(stored, part.dtype, part.shape)
-    if plan.source_format is not None:
-        codes, scales = plan.source_format.decode(read, tensor.name)
-        canonical = exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name)
-        yield _encoded(plan, tensor, codes, canonical, 0)
+        read[name] = as_tensor(stored, part.dtype, shape)
+    return read
 
 
 def _quantized(
@@ -311,7 +343,8 @@ def block_rows(plan: Plan, tensor: PlannedTensor) -> tuple[int, int]:
     """(rows of a block, weights of a row) of a tensor that is not carried."""
     rows, columns = tensor.source.shape[0], math.prod(tensor.source.shape[1:])
     multiple = 1 if tensor.kept is None else tensor.kept.multiple
-    whole = tensor.action == REPACK or (tensor.action == INT4 and not plan.format.row_blocks)
+    from_rows = plan.source_format is None or plan.source_format.row_blocks
+    whole = tensor.action in (INT4, REPACK) and not (plan.format.row_blocks and from_rows)
     if whole or not multiple:
         return rows, columns
     if tensor.multipliers is not None and plan.block is not None:

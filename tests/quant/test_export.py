@@ -196,10 +196,13 @@ def test_report_counts_what_is_there(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from glm5_port.quant.export import export
+from glm5_port.quant.plan import Options
+from glm5_port.quant.transcode import is_int4, transcode
 peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 try:
-    made = export(sys.argv[1], sys.argv[2], memory=int(sys.argv[3]), workers=int(sys.argv[4]))
+    run = transcode if is_int4(sys.argv[1]) else export
+    made = run(sys.argv[1], sys.argv[2], Options(sys.argv[5]), memory=int(sys.argv[3]), workers=int(sys.argv[4]))
 except Exception as error:
     print(error); sys.exit(3)
 print(before, peak(), made.workers)
@@ -207,21 +210,33 @@ print(before, peak(), made.workers)
 
 
 @pytest.mark.slow
-def test_memory_stays_within_the_bound_with_tensors_larger_than_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "onnx"])
+def test_memory_stays_within_the_bound_with_tensors_larger_than_it(tmp_path: Path, name: str) -> None:
     # experts of 256 MiB and an embedding of 768 MiB, in a process that takes about 300 MiB before it begins
     changes: dict[str, Any] = {"hidden_size": 4096, "moe_intermediate_size": 32768, "n_routed_experts": 2, "vocab_size": 98304,
                                "num_hidden_layers": 2, "indexer_types": ["full", "full"], "intermediate_size": 64}  # fmt: skip
     source = _write_big(tmp_path / "source", changes)
-    bound = 640 * 2**20
+    peak = _peak_within(source, tmp_path / "out", 640 * 2**20, name)
+    assert peak < 98304 * 4096 * 2
+    if name == "compressed-tensors":
+        for other in ("gguf", "onnx"):
+            _peak_within(tmp_path / "out", tmp_path / other, 640 * 2**20, other)
+
+
+def _peak_within(source: Path, destination: Path, bound: int, name: str) -> int:
+    """Peak memory of an export, or of a transcoding, by two workers in a process of its own; at most the bound."""
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "int4"), str(bound), "2"],
+        [sys.executable, "-c", MEASURE, str(source), str(destination), str(bound), "2", name],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     before, peak, workers = map(int, run.stdout.split())
-    print(f"before {before / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, bound {bound / 2**20:.0f} MiB, {workers} workers")
-    assert peak <= bound < 98304 * 4096 * 2
+    print(
+        f"{name}: before {before / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, bound {bound / 2**20:.0f} MiB, {workers} workers"
+    )
+    assert peak <= bound
     assert workers == 2
+    return peak
 
 
 def _write_big(directory: Path, changes: dict[str, Any]) -> Path:

@@ -13,17 +13,19 @@ import onnx
 import pytest
 import torch
 
-from glm5_port.errors import CheckpointError
+from glm5_port.errors import CheckpointError, InputError
+from glm5_port.quant import writing
 from glm5_port.quant.export import export
 from glm5_port.quant.files import Reader, SpreadTensor
 from glm5_port.quant.formats import find_format
 from glm5_port.quant.gguf_file import KINDS, read_header, stored_value
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.output_files import Place
-from glm5_port.quant.plan import Options
+from glm5_port.quant.plan import Options, plan_export
+from glm5_port.quant.transcode import transcode
 from glm5_port.quant.verify import verify
 from glm5_port.quant.writing import spread
-from tests.quant.exports import expert, write_source
+from tests.quant.exports import digests, expert, write_source
 
 CONFIG, MANIFEST = "config.json", "int4_manifest.json"
 FORMATS = ("gguf", "onnx")
@@ -203,6 +205,21 @@ def test_what_shows_without_manifest_and_source(fault: Callable[[Path], None], c
     assert verify(copy).problems
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_in_many_blocks_are_the_same_rows(
+    good: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(writing, "BLOCK_WEIGHTS", 64 * 7)
+    export(source, tmp_path / "canonical", Options(max_shard_bytes=100_000))
+    export(source, tmp_path / "direct", Options(name))
+    transcode(tmp_path / "canonical", tmp_path / "moved", Options(name))
+    whole = digests(good / name)
+    weights = [file for file in whole if file.endswith((".gguf", ".data", ".onnx"))]
+    for directory in ("direct", "moved"):
+        found = digests(tmp_path / directory)
+        assert [found[file] for file in weights] == [whole[file] for file in weights]
+
+
 def test_a_good_export_has_no_problem_by_any_way(copy: Path, source: Path) -> None:
     for found in (verify(copy), verify(copy, source), verify(copy, source, sample=5), verify(copy, source, workers=4)):
         assert found.problems == []
@@ -320,3 +337,10 @@ def test_graphs_that_are_not_the_ones_of_the_model(good: Path, tmp_path: Path) -
     ]
     (copy / "decoder.onnx").write_bytes(b"\xff\xff nothing")
     assert any(problem.startswith("files: decoder.onnx is no ONNX graph") for problem in verify(copy).problems)
+
+
+def test_experts_of_a_layer_are_alike_in_a_graph(source: Path) -> None:
+    for pattern in (r"layers\.2\.mlp\.experts\.1\.up", r"layers\.2\.mlp\.experts\.\d\.gate"):
+        with pytest.raises(InputError, match=r"layers\.2\.mlp\.experts would be stored in BF16, INT4; all of a layer are alike"):
+            plan_export(source, Options("onnx", exclude=(pattern,)))
+    assert plan_export(source, Options("onnx", exclude=(r"layers\.2\.mlp\.experts",))).experts() == {"trunk": 24, "mtp": 12}

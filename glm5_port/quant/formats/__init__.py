@@ -17,7 +17,6 @@ from torch import Tensor
 from glm5_port.errors import CheckpointError, InputError, did_you_mean
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule
-from glm5_port.quant.output_files import ITEM_BYTES as ITEM_BYTES
 from glm5_port.quant.output_files import Container, OutputTensor
 
 LISTED = 5

@@ -63,6 +63,7 @@ class OnnxFiles:
 
     def lay_out(self, tensors: Sequence[PlannedTensor], facts: Facts) -> tuple[Shard, ...]:
         """A file for each layer, and one for what lies outside of them; their size follows from the model alone."""
+        _check_stacks(tensors)
         planned, shards = {tensor.name: tensor for tensor in tensors}, []
         for file in self._plan({o.name: o for t in tensors for o in t.outputs}, facts.config).files:
             places = {_piece(part.source): part.place for part in file.parts}
@@ -220,6 +221,21 @@ def _block(name: str, columns: int, group_size: int) -> int:
         f"{name}: groups of {size}; ONNX Runtime takes groups of {', '.join(map(str, GROUP_SIZES))} and whole multiples of them\n"
         "  Use --group-size 32"
     )
+
+
+def _check_stacks(tensors: Sequence[PlannedTensor]) -> None:
+    """Refuses a layer whose experts are not all quantised, or all stored alike."""
+    kinds: dict[str, dict[str, str]] = {}
+    for tensor in tensors:
+        if ".mlp.experts." in tensor.name:
+            kind = "INT4" if tensor.outputs[0].name.endswith(CODES) else tensor.outputs[0].dtype
+            kinds.setdefault(tensor.name.partition("experts.")[0], {})[kind] = tensor.name
+    for prefix, found in kinds.items():
+        if len(found) > 1:
+            raise InputError(
+                f"onnx: {prefix}experts would be stored in {', '.join(sorted(found))}; all of a layer are alike\n"
+                "  Quantise all experts of a layer, or none"
+            )
 
 
 def _piece(source: str) -> str:
