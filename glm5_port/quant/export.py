@@ -22,6 +22,7 @@ import torch
 from glm5_port.errors import ExportError, Glm5PortError, InputError
 from glm5_port.quant.files import hash_file
 from glm5_port.quant.finish import write_last_files
+from glm5_port.quant.int4 import refuse_learned
 from glm5_port.quant.journal import JOURNAL, Journal
 from glm5_port.quant.manifest import MANIFEST, describe, read_manifest
 from glm5_port.quant.plan import CARRY, Options, Plan, plan_export
@@ -97,6 +98,8 @@ def carry_out(
         raise InputError(f"workers = {workers}: it must be at least 1")
     if not plan.has_weights:
         raise InputError(f"{plan.source} holds no weights: there is nothing to export (dry_run plans from config.json alone)")
+    if plan.quantized and plan.scales is None:
+        refuse_learned(plan.options.rule, str(plan.source))
     identity = describe(plan) | {"source": source_identity(plan)}
     if is_complete(path, identity):
         return Exported(plan, path, None, len(plan.shards), 0)

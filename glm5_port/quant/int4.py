@@ -46,6 +46,8 @@ from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 RULES = {"amax7": 1, "signed8": 1, "mse": 1}
 """Rule name -> its current version. A version changes whenever any bit of any result does."""
+LEARNED = "learned"
+"""The rule of scales that were trained: codes follow from weights and scales (`quantize_with_scales`), scales from no weight."""
 
 SMALLEST_AMAX = (127 - 110) << 7
 """Bit pattern of 2^-110: groups below are all zeros."""
@@ -64,7 +66,7 @@ class Int4Rule:
     """How weights become codes and scales; recorded with whatever was quantised.
 
     Attributes:
-        name: "amax7", "signed8" or "mse".
+        name: "amax7", "signed8" or "mse"; "learned" is recorded with trained scales and quantises nothing.
         group_size: weights that share a scale, consecutive along the input dimension; `PER_CHANNEL` for a whole row.
         version: of the rule; this library computes the current ones.
 
@@ -77,11 +79,13 @@ class Int4Rule:
     version: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
+        versions = RULES | {LEARNED: 1}
+        if self.name not in versions:
             raise InputError(f"INT4 rule {self.name!r} is unknown{did_you_mean(self.name, RULES)} (known: {', '.join(RULES)})")
-        if self.version != RULES[self.name]:
+        if self.version != versions[self.name]:
             raise InputError(
-                f"INT4 rule {self.name} version {self.version} was asked for; this library computes version {RULES[self.name]}.\n"
+                f"INT4 rule {self.name} version {self.version} was asked for; this library computes version "
+                f"{versions[self.name]}.\n"
                 "  Codes and scales of another version can be read and carried, but not made again."
             )
         if self.group_size != PER_CHANNEL and (self.group_size < 1 or self.group_size % CODES_PER_WORD):
@@ -246,9 +250,20 @@ def refuse_bad_scales(scales: Tensor, weight: Tensor, rule: Int4Rule, name: str)
     )
 
 
+def refuse_learned(rule: Int4Rule, name: str) -> None:
+    """Raises InputError where a rule would have to make scales and cannot."""
+    if rule.name == LEARNED:
+        raise InputError(
+            f"{name}: learned scales cannot be made from weights.\n"
+            "  A trained model has them: glm5_port.quant.model_export.export_model writes it. Or choose another rule: "
+            f"{', '.join(RULES)}"
+        )
+
+
 def _empty_scales(weight: Tensor, rule: Int4Rule, name: str) -> Tensor:
     if not weight.is_floating_point() or weight.element_size() == 1 or weight.dim() == 0:
         raise InputError(f"{name}: {tuple(weight.shape)} {weight.dtype}; takes rows of float32, bfloat16 or float16")
+    refuse_learned(rule, name)
     groups, _ = groups_of(weight.shape[-1], rule.group_size, name=name)
     return torch.empty((*weight.shape[:-1], groups), dtype=torch.bfloat16, device=weight.device)
 

@@ -21,6 +21,7 @@ SCHEMA = 1
 _ROUNDING = {
     "amax7": "scale bf16(amax / 7), code half-even(w / scale) in -7..7, value bf16(code * scale)",
     "signed8": "scale extreme / -8, code half-even(w / scale) clipped to -8..7, value bf16(code * scale)",
+    "learned": "scale trained with the weights, code half-even(w / scale) clipped to -7..7, value bf16(code * scale)",
     "mse": "scale of the least squared error among 24, code half-even(w / scale) clipped to -7..7, value bf16(code * scale)",
 }
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+
+from torch import Tensor
 
 from glm5_port.config import BlockFp8, Glm5Config
 from glm5_port.errors import CheckpointError, InputError
@@ -80,6 +82,7 @@ class Plan:
         notes: what is worth knowing, one sentence each.
         source_format: the INT4 format of the source; None if it is not INT4.
         rule_known: False for an INT4 source that does not say by which rule it was quantised.
+        scales: gives the bfloat16 scales of a weight by name, where the rule is "learned": no weight tells them.
     """
 
     source: Path
@@ -93,6 +96,7 @@ class Plan:
     notes: tuple[str, ...]
     source_format: Format | None = None
     rule_known: bool = True
+    scales: Callable[[str], Tensor] | None = None
 
     @property
     def format(self) -> Format:

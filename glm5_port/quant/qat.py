@@ -29,7 +29,7 @@ from glm5_port.errors import InputError
 from glm5_port.model.bindings import BoundLayer
 from glm5_port.quant.fake_quantize import FakeQuantize, Record, check_master, fake_quantize, record_of
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE, CompressedTensors
-from glm5_port.quant.int4 import AMAX7, Int4Rule
+from glm5_port.quant.int4 import AMAX7, LEARNED, Int4Rule
 from glm5_port.quant.packing import CODES_PER_WORD
 from glm5_port.quant.places import assemble, choose, find_places
 
@@ -37,12 +37,14 @@ __all__ = [
     "FakeQuantize",
     "Prepared",
     "canonical_tensors",
+    "check_current",
     "fake_quantize",
     "kl_to_teacher",
     "prepare_qat",
     "quantised_state",
     "remove_qat",
     "requantise",
+    "rule_of_model",
     "scale_parameters",
 ]
 
@@ -177,6 +179,35 @@ def requantise(model: nn.Module) -> None:
         master = owner._parameters[attribute]
         if master is not None:
             module.record = record_of(master, module.scales, module.rule, module.name)
+
+
+def rule_of_model(model: nn.Module) -> Int4Rule:
+    """The rule of what a prepared model computes with: its own, or "learned" where scales are trained.
+
+    Raises:
+        InputError: the model is not prepared.
+    """
+    _require_prepared(model)
+    first = next(_prepared_weights(model))
+    return first.rule if first.scales is None else Int4Rule(LEARNED, first.rule.group_size)
+
+
+def check_current(model: nn.Module) -> None:
+    """Refuses codes and scales that are not those of the masters as they are now.
+
+    Raises:
+        InputError: the model is not prepared, or an optimizer step came after its last forward pass; names a parameter.
+    """
+    _require_prepared(model)
+    for owner, attribute, module in _uses(model):
+        master, record = owner._parameters[attribute], module.record
+        if master is not None and record is not None:
+            now = record_of(master, module.scales, module.rule, module.name)
+            if not (torch.equal(now.packed, record.packed) and torch.equal(now.scales, record.scales)):
+                raise InputError(
+                    f"{module.name} changed after the last forward pass: what would ship is not what was computed with\n"
+                    "  Evaluate the model once more (which also says how good it is), or call requantise(model)."
+                )
 
 
 def quantised_state(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,7 +12,8 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, hash_file
 from glm5_port.quant.formats import Format, format_of, stored_group_size
-from glm5_port.quant.int4 import Int4Rule, groups_of
+from glm5_port.quant.int4 import LEARNED, Int4Rule, groups_of
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.output_files import Facts, PlannedTensor
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, plan_export
@@ -113,6 +114,8 @@ def verify(
             _gather(result, pool.map(lambda name: steps.after(name, _check_int8(name, structure, reader)), structure.int8))
             result.checked.append(f"{len(structure.int8):,} INT8 weights: codes, scales and offsets")
         if plan is not None:
+            if rule.name == LEARNED:
+                plan = replace(plan, scales=_stored_scales(structure, reader))
             _compare_plan(plan, stored, structure, result)
             with Reader(plan.source) as given:
 
@@ -297,6 +300,21 @@ def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure
     if not plan.has_weights:
         raise CheckpointError(f"{source} holds no weights to compare with")
     return plan
+
+
+def _stored_scales(structure: Structure, reader: Reader) -> Callable[[str], Tensor]:
+    """Gives the scales of a weight as the checkpoint has them: learned ones follow from no source, but codes follow from both."""
+
+    @lru_cache(maxsize=16)  # a weight is quantised a block of rows at a time
+    def scales(name: str) -> Tensor:
+        if name not in structure.weights:
+            raise CheckpointError("not whole, so its learned scales are not known")
+        found = torch.cat([block.to(torch.bfloat16) for _, block in read_codes(name, structure, reader)])
+        if not ((found > 0) & found.isfinite()).all():
+            raise CheckpointError("its learned scales are not all positive and finite, so no codes can be made with them")
+        return found
+
+    return scales
 
 
 def _chosen(plan: Plan, sample: int | None) -> list[PlannedTensor]:

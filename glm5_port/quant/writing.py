@@ -24,9 +24,10 @@ from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.operators.int4 import quantize_rows
 from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, write_at
 from glm5_port.quant.formats import exact_scales
-from glm5_port.quant.int4 import quantize
+from glm5_port.quant.int4 import Int4Tensor, quantize, quantize_with_scales
 from glm5_port.quant.journal import Journal
 from glm5_port.quant.output_files import Place, PlannedTensor, Shard
+from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import CONVERT, INT4, INT8, REPACK, Plan
 from glm5_port.quant.statistics import Statistics, measure, total
 
@@ -297,7 +298,12 @@ def quantized_block(
         first: the weight's row that the first of them is.
         measured: whether statistics are wanted.
     """
-    quantized = quantize(rows, plan.options.rule, name=f"{tensor.name}{f', rows from {first}' if first else ''}")
+    name = f"{tensor.name}{f', rows from {first}' if first else ''}"
+    if plan.scales is None:
+        quantized = quantize(rows, plan.options.rule, name=name)
+    else:
+        scales = plan.scales(tensor.name)[first : first + rows.shape[0]]
+        quantized = Int4Tensor(unpack_int4(quantize_with_scales(rows, scales, name=name)), scales, plan.options.rule)
     pieces = _encoded(plan, tensor, quantized.codes, quantized.scales, first)
     return pieces, measure(rows, quantized, requantize=first == 0) if measured else None
 
