@@ -26,7 +26,8 @@ def export(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],
     format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq, modelslim, gguf or onnx.")
+        str,
+        typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq, modelslim, gguf, onnx or onnx-float16."),
     ] = "compressed-tensors",
     rule: Annotated[str, typer.Option("--rule", help="How weights are quantised: amax7, signed8 or mse.")] = "amax7",
     group_size: Annotated[int, typer.Option("--group-size", help="Weights that share a scale; -1 is a whole row.")] = 32,

@@ -22,7 +22,8 @@ def transcode(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],
     format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq, modelslim, gguf or onnx.")
+        str,
+        typer.Option("--format", metavar="NAME", help="compressed-tensors, gptq, awq, modelslim, gguf, onnx or onnx-float16."),
     ] = "compressed-tensors",
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE")] = "5GB",
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What the process may take in all.")] = "2GiB",

@@ -21,6 +21,7 @@ _WEIGHTS = (
     ".pth",
     ".gguf",
     ".onnx",
+    ".data",
     ".h5",
     ".msgpack",
 )
