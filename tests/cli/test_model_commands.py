@@ -13,6 +13,7 @@ from glm5_port.model.tensors import expected_tensors
 from glm5_port.operators import rms_norm
 from glm5_port.testing.tiny import TINY, tiny_config
 from glm5_port.text import Text, TextStream, write_byte_tokenizer
+from tests.model.int4_checkpoints import int4_export
 
 PROMPT = "def f(x): return x"
 
@@ -47,6 +48,18 @@ def test_generate_is_what_python_gives(command_line, checkpoint: Path) -> None:
     assert report["prompt_ids"] == list(PROMPT.encode())
     assert [report["prompt_ids"] + report["new_ids"]] == model.generate([list(PROMPT.encode())], max_new_tokens=8)
     assert {d["chosen"] for d in report["decisions"]} >= {"torch/eager"}
+
+
+def test_int4_experts_take_8_bit_activations(command_line, tmp_path: Path) -> None:
+    directory = int4_export(tmp_path, ())
+    arguments = ("generate", str(directory), "--ids", "3,1,4", "--max-new-tokens", "2", "--json")
+    for value, operator in (("int8", "expert_mlp_int4_w4a8"), ("wide", "expert_mlp_int4")):
+        done = command_line(*arguments, "--int4-activations", value)
+        assert done.code == 0, done.err
+        assert operator in {decision["operator"] for decision in json.loads(done.out)["decisions"]}
+    done = command_line(*arguments, "--int4-activations", "in8")
+    assert done.code == 2
+    assert "did you mean int8" in done.err
 
 
 def test_mtp_and_ids_give_the_same_tokens(command_line, checkpoint: Path) -> None:
