@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glm5_port.config import Glm5Config
 from glm5_port.config_file import read_json
-from glm5_port.errors import CheckpointError, Glm5PortError
+from glm5_port.errors import CheckpointError, Glm5PortError, InputError
 from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
 from glm5_port.quant.config_text import KEY, without_quantization
 from glm5_port.quant.files import Reader, hash_file
@@ -283,8 +283,8 @@ def _regrouped(structure: Structure, name: str, read: Mapping[str, Tensor]) -> t
 # --- the source ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure, result: Verified) -> Plan:
-    """The plan by which this checkpoint must have been exported, or transcoded."""
+def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure, result: Verified) -> Plan | None:
+    """The plan by which this checkpoint must have been exported, or transcoded; None, and a problem, if there can be none."""
     if manifest is not None:
         options = Options(
             format=manifest["format"],
@@ -296,7 +296,11 @@ def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure
         )
     else:
         options = Options(structure.format.name, structure.rule, mtp=INT4 if structure.mtp_quantized else BF16)
-    plan = plan_transcode(source, options) if is_int4(source) else plan_export(source, options)
+    try:
+        plan = plan_transcode(source, options) if is_int4(source) else plan_export(source, options)
+    except InputError as error:
+        result.problems.append(f"no export of the source gives this checkpoint: {str(error).splitlines()[0]}")
+        return None
     if not plan.has_weights:
         raise CheckpointError(f"{source} holds no weights to compare with")
     return plan

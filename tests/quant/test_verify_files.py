@@ -38,10 +38,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(source: Path) -> Path:
-    """Exports by format, and others with a scale for each row beside them."""
+    """Exports by format, and one with a scale for each row beside them."""
     for name in FORMATS:
         export(source, source.parent / name, Options(format=name))
-        export(source, source.parent / f"{name}-rows", Options(format=name, rule=Int4Rule("amax7", -1)))
+    export(source, source.parent / "gguf-rows", Options(format="gguf", rule=Int4Rule("amax7", -1)))
     return source.parent
 
 
@@ -124,14 +124,14 @@ def shift_later_scales(directory: Path) -> None:
 
 
 def wrong_group_size(directory: Path) -> None:
-    """Weights that were quantised in other groups than the record says."""
-    for file in directory.iterdir():
-        if file.suffix in (".gguf", ".onnx", ".data"):
-            shutil.copy(find_other(directory) / file.name, file)
-
-
-def find_other(directory: Path) -> Path:
-    return next(parent / f"{directory.name}-rows" for parent in (directory.parent / "good", directory.parent) if parent.exists())
+    """A graph that takes groups of 16 where the scales are of 32; in GGUF, scales of whole rows where the record says 32."""
+    if directory.name == "gguf":
+        shutil.copy(directory.parent / "good" / "gguf-rows" / "model.gguf", directory)
+        return
+    model = onnx.load(directory / "decoder.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "QMoE")
+    next(attribute for attribute in node.attribute if attribute.name == "block_size").i = 16
+    (directory / "decoder.onnx").write_bytes(model.SerializeToString())
 
 
 def drop_the_mtp_layer(directory: Path) -> None:
@@ -176,7 +176,7 @@ FAULTS: Sequence[tuple[Callable[[Path], None], str, str]] = [
     (swap_gate_and_up, "blk.2.ffn_gate_exps.weight[1]", expert(2, 1, "gate") + ".codes"),
     (lose_a_scale, "blk.3.ffn_down_exps.weight[2]", expert(3, 2, "down") + ".scales"),
     (shift_later_scales, "blk.2.ffn_gate_exps.weight[2]", expert(2, 2, "gate") + ".scales"),
-    (wrong_group_size, "groups without a code of magnitude 7", "groups without a code of magnitude 7"),
+    (wrong_group_size, "groups without a code of magnitude 7", "decoder.onnx is not the graph that config.json"),
     (drop_the_mtp_layer, "MTP layer", "MTP layer"),
     (truncate_a_file, "truncated", "truncated"),
     (another_config, "glm-dsa.rope.freq_base is 8000000", "decoder.onnx is not the graph that config.json"),
@@ -244,6 +244,14 @@ def test_a_group_size_in_the_record_that_is_not_that_of_the_scales(copy: Path) -
     named = {"gguf": f"{expert(1, 0, 'up')}: scales differ within groups of 64", "onnx": "in groups of -1 has [96, 1]"}
     problems = verify(copy).problems
     assert any(named[copy.name] in problem for problem in problems), problems[:3]
+
+
+def test_groups_that_the_source_cannot_have_are_a_problem_and_no_crash(good: Path, source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "onnx", Options(format="onnx", rule=Int4Rule("amax7", -1)))
+    assert verify(tmp_path / "onnx", source).problems == []
+    (tmp_path / "onnx" / MANIFEST).unlink()  # rows of 96 then look like groups of 32, and rows of 64 like groups of 64
+    problems = verify(tmp_path / "onnx", source).problems
+    assert any("no export of the source gives this checkpoint: " in problem for problem in problems), problems
 
 
 def test_another_source_is_told_apart(copy: Path, tmp_path: Path) -> None:
