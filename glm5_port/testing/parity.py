@@ -309,8 +309,10 @@ def _missing(implementation: Implementation, chip: str) -> str | None:
 
 
 def _tie_row(suite: Suite, implementation: Implementation, results: Sequence[ParityResult], backend: str) -> list[ParityResult]:
-    tried = {r.case: r.status for r in results if r.operator == suite.operator.name and r.implementation == implementation.id}
-    if all(status == "unavailable" for status in tried.values()):
+    mine = [r for r in results if r.operator == suite.operator.name and r.implementation == implementation.id]
+    mine.sort(key=lambda r: r.status != "declined")  # what one dtype declines, another may run
+    tried = {r.case: r.status for r in mine}
+    if all(status in ("unavailable", "declined") for status in tried.values()):
         return []
     problems = promises.check_tie_cases(suite, implementation, tried)
     return (

@@ -256,6 +256,16 @@ def test_declining_every_tie_does_not_keep_the_tie_rule():
     assert check_tie_cases(suite, implementation(EAGER), {"tied": "declined"}) == []
 
 
+def test_a_dtype_that_is_declined_does_not_hide_the_ties_of_another():
+    promising = implementation(EAGER, ["tie_rule"])
+    suite = Suite(rms_norm, (Case("tied", SUITE.cases[1].build, tags=TIES),))
+    for statuses in (("passed", "declined"), ("declined", "passed"), ("declined", "declined")):
+        results = [parity.ParityResult("rms_norm", promising.id, "tied", str(i), status, []) for i, status in enumerate(statuses)]
+        assert parity._tie_row(suite, promising, results, "cpu") == []
+    others = parity.ParityResult("rms_norm", promising.id, "plain", "float32", "passed", [])
+    assert len(parity._tie_row(suite, promising, [*results, others], "cpu")) == 1
+
+
 # -- mutated arguments -------------------------------------------------------------------------------------------------
 
 
