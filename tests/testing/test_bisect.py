@@ -16,7 +16,7 @@ from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.testing.bisect import bisect, build_pair
 from tests.model.models import prompt, quick_config
-from tests.test_config_int4 import block
+from tests.test_config_int4 import IGNORE, block
 from tests.testing.mutants import MUTANTS, Mutant
 
 SHAPE: dict[str, Any] = {
@@ -34,11 +34,12 @@ GROUP = 8
 Pair = tuple[Glm5Model, Glm5Model]
 
 
-def pair(*, ties: bool = False, int4: bool = False, **options: Any) -> Pair:
-    """(suspect, reference). With `int4` the experts are random codes and scales. With `ties` one index head, so that most scores
-    are zero; and experts come in pairs with one score, of which three are chosen, so that the cut always goes through a pair."""
+def pair(*, ties: bool = False, int4: bool = False, ignore: tuple[str, ...] = tuple(IGNORE), **options: Any) -> Pair:
+    """(suspect, reference). With `int4` what `ignore` does not name is random codes and scales. With `ties` one index head, so
+    that most scores are zero; and experts come in pairs with one score, of which three are chosen, so that the cut always goes
+    through a pair."""
     options = {"dtype": torch.float32, "block_size": 5, "backend": "cpu", **options}
-    packed = {"quantization_config": block(group_size=GROUP)} if int4 else {}
+    packed = {"quantization_config": {**block(group_size=GROUP), "ignore": [*ignore]}, "v_head_dim": 12} if int4 else {}
     config = quick_config(**SHAPE, index_n_heads=1 if ties else 8, **packed)
     weights = random_weights(config, dtype=options["dtype"], mtp=options.get("mtp", False))
 
@@ -66,6 +67,7 @@ def pairs() -> dict[str, Pair]:
         "bfloat16": pair(dtype=torch.bfloat16, mtp=True),
         "ties": pair(ties=True),
         "int4": pair(int4=True),
+        "projections": pair(int4=True, ignore=("lm_head", "re:.*weights_proj"), int4_activations="int8"),
     }
 
 
@@ -93,7 +95,7 @@ def broken(model: Glm5Model, operator: str, function: Any, only: int | None = No
 # -- nothing is broken -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense", "mtp", "bfloat16", "ties", "int4"])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "mtp", "bfloat16", "ties", "int4", "projections"])
 def test_nothing_is_found_where_nothing_is_broken(pairs: dict[str, Pair], kind: str) -> None:
     seen: list[tuple[str, int, int]] = []
     prompts = [tokens[:2] for tokens in PROMPTS] if kind == "dense" else PROMPTS
@@ -124,9 +126,9 @@ def test_a_report_is_json(pairs: dict[str, Pair]) -> None:
 # -- mutants -----------------------------------------------------------------------------------------------------------
 
 NOT_IN_A_MODEL = {
-    "rotate", "mla_prologue", "indexer_scores", "select_top_k",  # models bind the operators that contain them
+    "mla_prologue", "indexer_scores", "select_top_k",  # models bind the operators that contain them
     "int4_quantize", "int4_quantize_measured", "int4_dequantize",  # export and training call them
-    "int4_matmul", "int8_matmul", "expert_mlp_int4_w4a8",  # no model computes with these yet
+    "int8_matmul",  # no model computes with it yet
 }  # fmt: skip
 INVISIBLE = {
     "mla_prologue_into_cache: padding token written": "a model makes no padding",
@@ -150,6 +152,7 @@ MORE = (
         "key_TX = rotate.reference(key_TX.unsqueeze(1), cos, sin, interleaved=not rope_interleaved"}),
 )  # fmt: skip
 DENSE_ONLY = {"mla_project", "mla_attention_expanded", "mla_attention_absorbed"}
+PROJECTIONS_ONLY = {"rotate", "linear_per_head", "int4_matmul", "expert_mlp_int4_w4a8"}
 IN_MODELS = [m for m in (*MUTANTS, *MORE) if m.operator not in NOT_IN_A_MODEL and m.id not in INVISIBLE]
 
 
@@ -162,6 +165,8 @@ def kind_of(mutant: Mutant) -> str:
         return "dense"
     if mutant.operator == "expert_mlp_int4":
         return "int4"
+    if mutant.operator in PROJECTIONS_ONLY:
+        return "projections"
     return "mtp" if mutant.operator == "rms_norm" else "sparse"
 
 
