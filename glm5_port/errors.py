@@ -46,6 +46,14 @@ class ParityError(Glm5PortError, RuntimeError):
     """A parity record that cannot be read, or that does not belong to these cases."""
 
 
+class HardwareError(Glm5PortError, ValueError):
+    """A description of a chip or a topology that cannot be read, lacks a figure, or contradicts itself."""
+
+
+class PlanError(Glm5PortError, ValueError):
+    """A parallel plan that cannot be: every reason, and the nearest change that would make it possible."""
+
+
 class RankMismatchError(Glm5PortError, RuntimeError):
     """Ranks of one process group chose different implementations."""
 

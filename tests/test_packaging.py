@@ -66,7 +66,7 @@ def test_every_dependency_is_justified() -> None:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"cuda", "npu", "onnx", "transformers", "dev"}
+    assert set(extras) == {"cuda", "npu", "onnx", "transformers", "plots", "dev"}
     names = {extra: {Requirement(text).name for text in texts} for extra, texts in extras.items()}
     assert "torch_npu" not in set().union(*(each for extra, each in names.items() if extra != "npu"))
     assert "triton" not in set().union(*names.values())
