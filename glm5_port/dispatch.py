@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from glm5_port.selection import Selection, select
 _LIBRARY = torch.library.Library("glm5_port", "FRAGMENT")
 _dispatch_stack = torch._C._len_torch_dispatch_stack  # > 0 under FakeTensorMode, make_fx and other dispatch modes
 _trace_through = False
+_defining = threading.Lock()
 
 
 class Operator:
@@ -267,7 +269,12 @@ class Bound:
 
 
 def _opaque_op(implementation: Implementation) -> Any:
-    """The torch op of an implementation, defined the first time it is bound."""
+    """The torch op of an implementation, defined the first time it is bound; threads may bind at the same time."""
+    with _defining:
+        return _defined_op(implementation)
+
+
+def _defined_op(implementation: Implementation) -> Any:
     if implementation.torch_op is None:
         operator = implementation.operator
         variant = "" if implementation.backend == REFERENCE else f"_{implementation.variant}"

@@ -21,6 +21,7 @@ from glm5_port.quant.files import Reader
 from glm5_port.quant.formats import Format, find_format, format_of, formats, stored_group_size
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest
+from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.structure import read_structure
 
 OTHER, CANONICAL = "not known here", "compressed-tensors"
@@ -115,7 +116,8 @@ def _tensor(
     pieces = {key: entry for key, entry in stored.tensors.items() if _owner(key, owners) == name}
     with Reader(directory) as reader:
         if name in weights:
-            codes, scales = stored_format.decode({key: reader.whole(entry) for key, entry in pieces.items()}, name)
+            packed, scales = stored_format.decode({key: reader.whole(entry) for key, entry in pieces.items()}, name)
+            codes = unpack_int4(packed)
             histogram = torch.bincount(codes.flatten().to(torch.int64) + 8, minlength=16)
             return {
                 "name": name,

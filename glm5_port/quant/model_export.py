@@ -27,9 +27,8 @@ from glm5_port.model.tensors import PROJECTION, TensorSpec
 from glm5_port.quant.files import as_bytes
 from glm5_port.quant.finish import write_last_files
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE, CompressedTensors
-from glm5_port.quant.int4 import Int4Rule, Int4Tensor
+from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.output_files import PlannedTensor
-from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import (
     BF16,
     DEFAULT_SHARD_BYTES,
@@ -87,8 +86,7 @@ def export_model(
             return
         master, (packed, scales) = weights.masters(tensor.name), (part.cpu() for part in state[tensor.name])
         sources[tensor.name] = _sha256(master)
-        quantized = Int4Tensor(unpack_int4(packed), scales, plan.options.rule)
-        statistics[tensor.name] = asdict(measure(master.to(torch.bfloat16), quantized, requantize=False))
+        statistics[tensor.name] = asdict(measure(master.to(torch.bfloat16), packed, scales))
         yield tensor.name + PACKED, packed
         yield tensor.name + SCALE, scales
         yield from plan.format.constants(tensor.name, tensor.source.shape).items()

@@ -1,18 +1,25 @@
 """How well codes and scales stand for a weight: counted while a weight is quantised, added up for the report.
 
-Shape legend: O rows; I inputs; N groups; g weights of a group.
+Shape legend: O rows; I inputs; G groups of a row; g weights of a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm5_port.quant.int4 import SMALLEST_AMAX, Int4Tensor, quantize
+from glm5_port.dispatch import Bound
+from glm5_port.operators.int4_measured import STATISTICS, int4_quantize_measured
+from glm5_port.quant.int4 import SMALLEST_AMAX, Int4Rule, dequantize_packed, quantize_packed, refuse_bad_scales
+from glm5_port.quant.packing import unpack_int4
+
+_SUMS = ("error_sum", "magnitude_sum", "max_error")
+"""Statistics that are no counts."""
 
 
 @dataclass(slots=True)
@@ -72,45 +79,93 @@ def total(parts: Iterable[Statistics]) -> Statistics:
     return result
 
 
-def measure(weight_OI: Tensor, quantized: Int4Tensor, *, requantize: bool) -> Statistics:
+def measure(weight_OI: Tensor, packed: Tensor, scales: Tensor) -> Statistics:
     """Compares rows of a weight with their codes and scales.
 
     Args:
         weight_OI: bfloat16, what was quantised.
-        quantized: what it became.
-        requantize: quantise the values of the first row once more: the rule `amax7` must give the same codes and scales.
+        packed: [O, I / 8] int32, canonical words.
+        scales: [O, G] bfloat16.
     """
-    scales_N = quantized.scales.flatten().to(torch.float32)
-    w_Ng = weight_OI.reshape(scales_N.numel(), -1)
-    codes_Ng = quantized.codes.view(w_Ng.shape)
-    # Few passes, in place: this runs over every weight of a model, beside the quantiser.
-    wide_Ng = w_Ng.to(torch.float32)
-    values_Ng = codes_Ng.to(torch.float32).mul_(scales_N.unsqueeze(1)).to(torch.bfloat16)
-    errors_Ng = values_Ng.to(torch.float32).sub_(wide_Ng).abs_()
-    amax_N = wide_Ng.abs_().amax(1)
-    smallest = torch.tensor(SMALLEST_AMAX, dtype=torch.int16).view(torch.bfloat16).item()
-    ordinary_N = amax_N >= smallest
-    zero_N = amax_N == 0
-    largest_N = errors_Ng.amax(1).div_(amax_N).where(ordinary_N, 0.0)
-    groups = quantized.scales.shape[-1] if requantize else 0
-    unstable = _unstable_groups(values_Ng[:groups], quantized) if requantize else 0
+    return _summed(measure_rows(weight_OI, packed, scales), weight_OI, scales)
+
+
+def quantize_measured(rows_OI: Tensor, rule: Int4Rule, *, name: str, requantize: bool) -> tuple[Tensor, Tensor, Statistics]:
+    """(words, scales, statistics) of rows of a weight, by the CPU's implementation of `int4_quantize_measured`.
+
+    Args:
+        rows_OI: bfloat16, on the CPU.
+        rule: and its group size.
+        name: for errors.
+        requantize: quantise the values of the first row once more: the rule `amax7` must give the same codes and scales.
+
+    Raises:
+        InputError: as `glm5_port.quant.int4.quantize`.
+    """
+    packed, scales, measured = _quantizer(rows_OI.shape[1], rule, rows_OI.dtype)(
+        rows_OI, group_size=rule.group_size, rule=rule.name
+    )
+    refuse_bad_scales(scales, rows_OI, rule, name)
+    statistics = _summed(measured, rows_OI, scales)
+    if requantize and rows_OI.shape[0]:
+        statistics.requantized_groups = scales.shape[1]
+        statistics.unstable_groups = _unstable_groups(packed[:1], scales[:1], rule)
+    return packed, scales, statistics
+
+
+@cache
+def _quantizer(width: int, rule: Int4Rule, dtype: torch.dtype) -> Bound:
+    """Exports run on the CPU, whatever backend computes models."""
+    facts = {"device_type": "cpu", "dtype": dtype, "width": width, "group_size": rule.group_size, "rule": rule.name}
+    return int4_quantize_measured.bind(backend="cpu", **facts)
+
+
+def measure_rows(weight_OI: Tensor, packed: Tensor, scales_OG: Tensor) -> Tensor:
+    """The statistics of each row, [O, 7] float32 in the order of `glm5_port.operators.int4_measured.STATISTICS`: portable, in few
+    passes and in place, since it runs over every weight of a model.
+
+    Args:
+        weight_OI: any floating dtype, what was quantised.
+        packed: [O, I / 8] int32, canonical words.
+        scales_OG: bfloat16.
+    """
+    groups = scales_OG.shape[1]
+    w_OGg = weight_OI.to(torch.bfloat16).to(torch.float32).unflatten(-1, (groups, -1))
+    codes_OGg = unpack_int4(packed).unflatten(-1, (groups, -1))
+    wide_OG = scales_OG.to(torch.float32)
+    errors_OGg = codes_OGg.to(torch.float32).mul_(wide_OG.unsqueeze(-1)).to(torch.bfloat16).to(torch.float32).sub_(w_OGg).abs_()
+    sizes_OGg = w_OGg.abs_()
+    amax_OG = sizes_OGg.amax(-1)
+    zero_OG = amax_OG == 0
+    ordinary_OG = amax_OG >= torch.tensor(SMALLEST_AMAX, dtype=torch.int16).view(torch.bfloat16).item()
+    columns = (
+        torch.count_nonzero((codes_OGg >= 7) | (codes_OGg <= -7), dim=(1, 2)),
+        torch.count_nonzero(zero_OG, dim=1),
+        torch.count_nonzero(~ordinary_OG & ~zero_OG, dim=1),
+        torch.count_nonzero(wide_OG.to(torch.float16).to(torch.float32) != wide_OG, dim=1),
+        errors_OGg.sum((1, 2)),
+        sizes_OGg.sum((1, 2)),
+        torch.where(ordinary_OG, errors_OGg.amax(-1) / amax_OG, 0.0).amax(-1),
+    )
+    measured = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
+    return torch.where(scales_OG.isnan().any(-1, keepdim=True), 0.0, measured)
+
+
+def _summed(measured: Tensor, weight: Tensor, scales: Tensor) -> Statistics:
+    sums, largest = measured.to(torch.float64).sum(0), measured.amax(0) if measured.shape[0] else measured.sum(0)
+    counts = {name: int(value) for name, value in zip(STATISTICS, sums.tolist(), strict=True) if name not in _SUMS}
     return Statistics(
-        weights=w_Ng.numel(),
-        groups=scales_N.numel(),
-        at_limit=int(torch.count_nonzero(codes_Ng.abs() >= 7)),
-        zero_groups=int(torch.count_nonzero(zero_N)),
-        tiny_groups=int(torch.count_nonzero(~ordinary_N & ~zero_N)),
-        fp16_unsafe_scales=int(torch.count_nonzero(scales_N.to(torch.float16).to(torch.float32) != scales_N)),
-        error_sum=float(errors_Ng.sum()),
-        magnitude_sum=float(wide_Ng.sum()),
-        max_error=float(largest_N.amax()),
-        requantized_groups=groups,
-        unstable_groups=unstable,
+        weights=weight.numel(),
+        groups=scales.numel(),
+        **counts,
+        error_sum=float(sums[STATISTICS.index("error_sum")]),
+        magnitude_sum=float(sums[STATISTICS.index("magnitude_sum")]),
+        max_error=float(largest[STATISTICS.index("max_error")]),
     )
 
 
-def _unstable_groups(values_Ng: Tensor, quantized: Int4Tensor) -> int:
-    """Groups of the first row that come out different when their values are quantised again."""
-    again = quantize(values_Ng.reshape(1, -1), quantized.rule)
-    different_N = (again.codes != quantized.codes[:1]).view(values_Ng.shape).any(1) | (again.scales[0] != quantized.scales[0])
-    return int(torch.count_nonzero(different_N))
+def _unstable_groups(packed: Tensor, scales: Tensor, rule: Int4Rule) -> int:
+    """Groups of a row that come out different when their values are quantised again."""
+    again, again_scales = quantize_packed(dequantize_packed(packed, scales), rule)
+    different = (unpack_int4(again) != unpack_int4(packed)).view(scales.shape[1], -1).any(1) | (again_scales != scales)[0]
+    return int(torch.count_nonzero(different))

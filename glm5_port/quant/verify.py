@@ -31,6 +31,7 @@ from glm5_port.quant.formats import Format, format_of, stored_group_size
 from glm5_port.quant.int4 import LEARNED, Int4Rule, groups_of
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.output_files import Facts, PlannedTensor
+from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import BF16, INT4, Options, Plan, plan_export
 from glm5_port.quant.structure import Structure, read_structure
 from glm5_port.quant.transcode import is_int4, plan_transcode
@@ -270,7 +271,8 @@ def read_codes(name: str, structure: Structure, reader: Reader) -> Iterator[tupl
 
 def _regrouped(structure: Structure, name: str, read: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Codes and scales, one for each group of the rule: a format may repeat those of a larger group."""
-    codes, scales = structure.format.decode(read, name)
+    packed, scales = structure.format.decode(read, name)
+    codes = unpack_int4(packed)
     groups, size = groups_of(codes.shape[1], structure.rule.group_size, name=name)
     if groups >= scales.shape[1]:
         return codes, scales

@@ -24,12 +24,11 @@ from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.operators.int4 import quantize_rows
 from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, write_at
 from glm5_port.quant.formats import exact_scales
-from glm5_port.quant.int4 import Int4Tensor, quantize, quantize_with_scales
+from glm5_port.quant.int4 import quantize_packed, quantize_with_scales
 from glm5_port.quant.journal import Journal
 from glm5_port.quant.output_files import Place, PlannedTensor, Shard
-from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import CONVERT, INT4, INT8, REPACK, Plan
-from glm5_port.quant.statistics import Statistics, measure, total
+from glm5_port.quant.statistics import Statistics, measure, quantize_measured, total
 
 BLOCK_WEIGHTS = 2**18
 """Weights that a worker takes at once. Fixed, not derived from the memory bound, so that sums of errors are the same for any."""
@@ -237,9 +236,9 @@ def _repacked(
     rows, step = tensor.source.shape[0], block_rows(plan, tensor)[0]
     for first in range(0, rows, step):
         span = None if step == rows else (first, min(first + step, rows))
-        codes, scales = plan.source_format.decode(read_parts(tensor.parts, reader, span, seen), tensor.name)
+        packed, scales = plan.source_format.decode(read_parts(tensor.parts, reader, span, seen), tensor.name)
         canonical = exact_scales(scales, torch.bfloat16, tensor.name, plan.source_format.name, first)
-        yield _encoded(plan, tensor, codes, canonical, first)
+        yield _encoded(plan, tensor, packed, canonical, first)
 
 
 def read_parts(
@@ -298,20 +297,23 @@ def quantized_block(
         first: the weight's row that the first of them is.
         measured: whether statistics are wanted.
     """
-    name = f"{tensor.name}{f', rows from {first}' if first else ''}"
-    if plan.scales is None:
-        quantized = quantize(rows, plan.options.rule, name=name)
-    else:
+    name, rule = f"{tensor.name}{f', rows from {first}' if first else ''}", plan.options.rule
+    if plan.scales is not None:
         scales = plan.scales(tensor.name)[first : first + rows.shape[0]]
-        quantized = Int4Tensor(unpack_int4(quantize_with_scales(rows, scales, name=name)), scales, plan.options.rule)
-    pieces = _encoded(plan, tensor, quantized.codes, quantized.scales, first)
-    return pieces, measure(rows, quantized, requantize=first == 0) if measured else None
+        packed = quantize_with_scales(rows, scales, name=name)
+        statistics = measure(rows, packed, scales) if measured else None
+    elif measured:
+        packed, scales, statistics = quantize_measured(rows, rule, name=name, requantize=first == 0)
+    else:
+        packed, scales = quantize_packed(rows, rule, name=name)
+        statistics = None
+    return _encoded(plan, tensor, packed, scales, first), statistics
 
 
-def _encoded(plan: Plan, tensor: PlannedTensor, codes: Tensor, scales: Tensor, first: int) -> Mapping[str, Tensor]:
-    """Rows of the pieces from codes and scales, which the format must hold exactly."""
+def _encoded(plan: Plan, tensor: PlannedTensor, packed: Tensor, scales: Tensor, first: int) -> Mapping[str, Tensor]:
+    """Rows of the pieces from words and scales, which the format must hold exactly."""
     exact = exact_scales(scales, plan.format.scale_dtype, tensor.name, plan.format.name, first)
-    return plan.format.encode(tensor.name, codes, exact)
+    return plan.format.encode(tensor.name, packed, exact)
 
 
 def read_rows(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm5_port.quant.packing import pack_int4
+
 
 def numbered(outputs: int, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
     """Codes -8..7 without a pattern that a wrong order would keep, and scales that bfloat16 and float16 hold exactly."""
@@ -17,3 +19,9 @@ def numbered(outputs: int, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
 def nibbles(word: int) -> list[int]:
     """The eight unsigned nibbles of an int32 word, lowest bits first."""
     return [(word >> (4 * place)) & 15 for place in range(8)]
+
+
+def words(outputs: int, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
+    """As `numbered`, with the codes in canonical words."""
+    codes, scales = numbered(outputs, inputs, groups)
+    return pack_int4(codes), scales

@@ -11,6 +11,7 @@ import torch
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.quant.export import export
 from glm5_port.quant.formats import find_format
+from glm5_port.quant.packing import pack_int4, unpack_int4
 from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.verify import verify
 from tests.quant.exports import change, expert, plain_quantize, read_all, write_source
@@ -35,7 +36,7 @@ def exported(source: Path, tmp_path: Path) -> Path:
 def test_golden_word() -> None:
     """Output c has code c - 8 everywhere, so a word spells the order of its outputs: 0 2 4 6 1 3 5 7 from the low bits."""
     codes = torch.arange(-8, 0, dtype=torch.int8).unsqueeze(1).repeat(1, 8)
-    parts = AWQ.encode(NAME, codes, torch.full((8, 1), 0.5, dtype=torch.bfloat16))
+    parts = AWQ.encode(NAME, pack_int4(codes), torch.full((8, 1), 0.5, dtype=torch.bfloat16))
     assert parts["layer.mlp.experts.0.up_proj.qweight"].tolist() == [[0x75316420]] * 8
     assert parts["layer.mlp.experts.0.up_proj.qzeros"].tolist() == [[0x88888888 - 2**32]]
     assert parts["layer.mlp.experts.0.up_proj.scales"].view(torch.int16).tolist() == [[0x3800] * 8]
@@ -44,7 +45,7 @@ def test_golden_word() -> None:
 @pytest.mark.parametrize(("outputs", "inputs", "groups"), [(16, 64, 2), (8, 96, 1), (24, 32, 4)])
 def test_every_place_by_plain_loops(outputs: int, inputs: int, groups: int) -> None:
     codes, scales = numbered(outputs, inputs, groups)
-    parts = {name.rpartition(".")[2]: tensor for name, tensor in AWQ.encode(NAME, codes, scales).items()}
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in AWQ.encode(NAME, pack_int4(codes), scales).items()}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()} == {
         "qweight": (torch.int32, (inputs, outputs // 8)),
         "qzeros": (torch.int32, (groups, outputs // 8)),
@@ -63,9 +64,9 @@ def test_every_place_by_plain_loops(outputs: int, inputs: int, groups: int) -> N
 
 def test_there_and_back_and_what_is_refused() -> None:
     codes, scales = numbered(16, 64, 2)
-    parts = AWQ.encode(NAME, codes, scales)
+    parts = AWQ.encode(NAME, pack_int4(codes), scales)
     again, again_scales = AWQ.decode(parts, NAME)
-    assert torch.equal(again, codes)
+    assert torch.equal(unpack_int4(again), codes)
     assert torch.equal(again_scales.to(torch.bfloat16), scales)
     module = NAME.removesuffix("weight")
     with pytest.raises(InputError, match="zeros are not all 8"):
@@ -74,7 +75,7 @@ def test_there_and_back_and_what_is_refused() -> None:
         AWQ.decode(parts | {module + "scales": parts[module + "scales"][:, :8]}, NAME)
     scales[0, 0] = 1.0078125 * 2.0**-20
     with pytest.raises(InputError, match=r"1 of 32 scales are no float16 numbers.*\[0, 0\]"):
-        AWQ.encode(NAME, codes, scales)
+        AWQ.encode(NAME, pack_int4(codes), scales)
 
 
 def test_an_export_holds_what_the_quantiser_gives(source: Path, exported: Path) -> None:
@@ -86,7 +87,7 @@ def test_an_export_holds_what_the_quantiser_gives(source: Path, exported: Path) 
         module = name.removesuffix("weight")
         codes, scales = plain_quantize(tensor)
         decoded = AWQ.decode({module + part: written.pop(module + part) for part in ("qweight", "qzeros", "scales")}, name)
-        assert torch.equal(decoded[0], codes), name
+        assert torch.equal(unpack_int4(decoded[0]), codes), name
         assert torch.equal(decoded[1].to(torch.float32), scales.to(torch.float32)), name
     assert not written
     config = json.loads((exported / "config.json").read_text())["quantization_config"]

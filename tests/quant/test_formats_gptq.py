@@ -12,10 +12,11 @@ from glm5_port.errors import CheckpointError, InputError
 from glm5_port.quant.export import export
 from glm5_port.quant.formats import exact_scales, find_format
 from glm5_port.quant.int4 import Int4Rule
+from glm5_port.quant.packing import pack_int4, unpack_int4
 from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.verify import verify
 from tests.quant.exports import change, expert, plain_quantize, read_all, write_source
-from tests.quant.formats import nibbles, numbered
+from tests.quant.formats import nibbles, numbered, words
 
 GPTQ = find_format("gptq")
 NAME = "layer.mlp.experts.0.up_proj.weight"
@@ -36,7 +37,7 @@ def exported(source: Path, tmp_path: Path) -> Path:
 def test_golden_word() -> None:
     """Input k of the one column has code k - 8: the word counts 0..7 from its lowest bits up."""
     codes = torch.arange(-8, 0, dtype=torch.int8).repeat(8, 1)
-    parts = GPTQ.encode(NAME, codes, torch.full((8, 1), 0.5, dtype=torch.bfloat16))
+    parts = GPTQ.encode(NAME, pack_int4(codes), torch.full((8, 1), 0.5, dtype=torch.bfloat16))
     assert parts["layer.mlp.experts.0.up_proj.qweight"].tolist() == [[0x76543210] * 8]
     assert parts["layer.mlp.experts.0.up_proj.qzeros"].tolist() == [[0x77777777]]
     assert parts["layer.mlp.experts.0.up_proj.scales"].view(torch.int16).tolist() == [[0x3800] * 8]
@@ -46,7 +47,7 @@ def test_golden_word() -> None:
 @pytest.mark.parametrize(("outputs", "inputs", "groups"), [(16, 64, 2), (8, 96, 1), (24, 32, 4)])
 def test_every_place_by_plain_loops(outputs: int, inputs: int, groups: int) -> None:
     codes, scales = numbered(outputs, inputs, groups)
-    parts = {name.rpartition(".")[2]: tensor for name, tensor in GPTQ.encode(NAME, codes, scales).items()}
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in GPTQ.encode(NAME, pack_int4(codes), scales).items()}
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()} == {
         "qweight": (torch.int32, (inputs // 8, outputs)),
         "qzeros": (torch.int32, (groups, outputs // 8)),
@@ -65,17 +66,17 @@ def test_every_place_by_plain_loops(outputs: int, inputs: int, groups: int) -> N
 
 def test_there_and_back() -> None:
     codes, scales = numbered(16, 64, 2)
-    parts = GPTQ.encode(NAME, codes, scales)
+    parts = GPTQ.encode(NAME, pack_int4(codes), scales)
     again, again_scales = GPTQ.decode(parts, NAME)
-    assert torch.equal(again, codes)
+    assert torch.equal(unpack_int4(again), codes)
     assert torch.equal(again_scales.to(torch.bfloat16), scales)
     module = NAME.removesuffix("weight")
     version_2 = parts | {module + "qzeros": torch.full_like(parts[module + "qzeros"], 0x88888888 - 2**32)}
-    assert torch.equal(GPTQ.decode(version_2, NAME)[0], codes)
+    assert torch.equal(unpack_int4(GPTQ.decode(version_2, NAME)[0]), codes)
 
 
 def test_asymmetric_and_ordered_weights_are_refused() -> None:
-    parts = GPTQ.encode(NAME, *numbered(16, 64, 2))
+    parts = GPTQ.encode(NAME, *words(16, 64, 2))
     module = NAME.removesuffix("weight")
     with pytest.raises(InputError, match="zeros are not all 8"):
         GPTQ.decode(parts | {module + "qzeros": parts[module + "qzeros"] - 1}, NAME)
@@ -92,10 +93,10 @@ def test_a_scale_that_float16_does_not_hold_is_refused_and_listed(tmp_path: Path
     with pytest.raises(InputError, match=r"2 of 16 scales are not exact in float16.*\[13, 1\] = 9\.61.*\[15, 0\]") as refused:
         exact_scales(scales, GPTQ.scale_dtype, NAME, "gptq", first=10)
     with pytest.raises(InputError, match="2 of 16 scales are no float16 numbers"):
-        GPTQ.encode(NAME, codes, scales)
+        GPTQ.encode(NAME, pack_int4(codes), scales)
     assert NAME in str(refused.value)
     scales[3, 1], scales[5, 0] = 2.0**-20, 2.0**-24  # small, and exact
-    assert torch.equal(GPTQ.decode(GPTQ.encode(NAME, codes, scales), NAME)[1].to(torch.bfloat16), scales)
+    assert torch.equal(GPTQ.decode(GPTQ.encode(NAME, pack_int4(codes), scales), NAME)[1].to(torch.bfloat16), scales)
     source = write_source(tmp_path / "source")
     change(source, lambda tensors: [t.mul_(1e-6) for n, t in tensors.items() if n == expert(2, 1, "up")])
     with pytest.raises(InputError, match=r"layers\.2\.mlp\.experts\.1\.up_proj\.weight: .* not exact in float16"):
@@ -113,7 +114,7 @@ def test_an_export_holds_what_the_quantiser_gives(source: Path, exported: Path) 
         parts = {module + part: written.pop(module + part) for part in ("qweight", "qzeros", "scales", "g_idx")}
         codes, scales = plain_quantize(tensor)
         decoded = GPTQ.decode(parts, name)
-        assert torch.equal(decoded[0], codes), name
+        assert torch.equal(unpack_int4(decoded[0]), codes), name
         assert torch.equal(decoded[1].to(torch.float32), scales.to(torch.float32)), name
     assert not written
     config = json.loads((exported / "config.json").read_text())["quantization_config"]

@@ -13,10 +13,11 @@ from glm5_port.errors import CheckpointError, InputError
 from glm5_port.quant.export import export
 from glm5_port.quant.formats import find_format
 from glm5_port.quant.int4 import Int4Rule
+from glm5_port.quant.packing import pack_int4, unpack_int4
 from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.verify import verify
 from tests.quant.exports import change, digests, plain_quantize, read_all, write_source
-from tests.quant.formats import numbered
+from tests.quant.formats import numbered, words
 
 MODELSLIM = find_format("modelslim")
 UP, DOWN = "layer.mlp.experts.0.up_proj.weight", "layer.mlp.experts.0.down_proj.weight"
@@ -37,7 +38,7 @@ def exported(source: Path) -> Path:
 def test_golden_bytes() -> None:
     """Channel 0 has the code 7, channel 1 the code -8: two's complement, channel 0 in the low bits."""
     codes = torch.tensor([[7] * 8, [-8] * 8, [-1] * 8, [1] * 8], dtype=torch.int8)
-    parts = MODELSLIM.encode(UP, codes, torch.tensor([[0.5], [0.25], [2.0], [1.0]], dtype=torch.bfloat16))
+    parts = MODELSLIM.encode(UP, pack_int4(codes), torch.tensor([[0.5], [0.25], [2.0], [1.0]], dtype=torch.bfloat16))
     assert parts[UP].view(torch.uint8).tolist() == [[0x87] * 8, [0x1F] * 8]
     assert parts[UP + "_scale"].tolist() == [[0.5], [0.25], [2.0], [1.0]]
     assert parts[UP + "_offset"].tolist() == [[0.0]] * 4
@@ -48,7 +49,7 @@ def test_golden_bytes() -> None:
 def test_every_place_by_plain_loops(name: str, parts: int) -> None:
     outputs, inputs = 16, 64
     codes, scales = numbered(outputs, inputs, 1)
-    tensors = MODELSLIM.encode(name, codes, scales)
+    tensors = MODELSLIM.encode(name, pack_int4(codes), scales)
     bias = tensors[name.removesuffix("weight") + "scale_bias"]
     assert {key.rpartition(".")[2]: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == {
         "weight": (torch.int8, (outputs // 2, inputs)),
@@ -68,14 +69,14 @@ def test_every_place_by_plain_loops(name: str, parts: int) -> None:
             inside = range(part * inputs // parts, (part + 1) * inputs // parts)
             assert float(bias[channel, part]) == 8 * sum(int(codes[channel, k]) for k in inside) * scale
     again = MODELSLIM.decode(tensors, name)
-    assert torch.equal(again[0], codes)
+    assert torch.equal(unpack_int4(again[0]), codes)
     assert torch.equal(again[1].to(torch.bfloat16), scales)
 
 
 def test_scale_bias_is_what_the_kernel_lacks() -> None:
     """The kernel multiplies high halves 16 * (x >> 4) and low halves (x & 15) - 8 by the codes; what is missing is the bias."""
     codes, scales = numbered(16, 64, 1)
-    bias = MODELSLIM.encode(DOWN, codes, scales)["layer.mlp.experts.0.down_proj.scale_bias"].to(torch.float64).sum(1)
+    bias = MODELSLIM.encode(DOWN, pack_int4(codes), scales)["layer.mlp.experts.0.down_proj.scale_bias"].to(torch.float64).sum(1)
     x = torch.randint(-128, 128, (5, 64), generator=torch.Generator().manual_seed(0))
     values = (codes.to(torch.float64) * scales.to(torch.float64)).T
     halves = 16 * ((x >> 4).to(torch.float64) @ values) + ((x & 15).to(torch.float64) - 8) @ values
@@ -85,12 +86,12 @@ def test_scale_bias_is_what_the_kernel_lacks() -> None:
 def test_scale_bias_is_exact_at_the_widths_of_glm5() -> None:
     codes = torch.full((2, 6144), 7, dtype=torch.int8)
     scales = torch.full((2, 1), 1.9921875, dtype=torch.bfloat16)  # eight ones
-    bias = MODELSLIM.encode(UP, codes, scales)["layer.mlp.experts.0.up_proj.scale_bias"]
+    bias = MODELSLIM.encode(UP, pack_int4(codes), scales)["layer.mlp.experts.0.up_proj.scale_bias"]
     assert float(bias[0, 0]) == 8 * 7 * 6144 * 1.9921875
 
 
 def test_damage_is_found_when_decoding() -> None:
-    tensors = MODELSLIM.encode(UP, *numbered(16, 64, 1))
+    tensors = MODELSLIM.encode(UP, *words(16, 64, 1))
     bias = "layer.mlp.experts.0.up_proj.scale_bias"
     with pytest.raises(CheckpointError, match="scale_bias is not 8"):
         MODELSLIM.decode(tensors | {bias: tensors[bias] * 2}, UP)
@@ -121,7 +122,7 @@ def test_types_and_values_of_every_tensor(source: Path, exported: Path) -> None:
             assert {described[key] for key in parts} == {"W4A8_DYNAMIC"}
             codes, scales = plain_quantize(tensor, tensor.shape[1])
             decoded = MODELSLIM.decode(parts, name)
-            assert torch.equal(decoded[0], codes), name
+            assert torch.equal(unpack_int4(decoded[0]), codes), name
             assert torch.equal(decoded[1], scales.to(torch.float32)), name
         else:
             assert {described[key] for key in (name, name + "_scale", name + "_offset")} == {"W8A8_DYNAMIC"}

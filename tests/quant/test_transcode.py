@@ -200,7 +200,7 @@ def test_a_gptq_checkpoint_of_somebody_else_is_taken_in(canonical: Path, tmp_pat
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": version}
 
     def make(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        parts = find_format("gptq").encode(name, codes, scales)
+        parts = find_format("gptq").encode(name, pack_int4(codes), scales)
         return {key: torch.full_like(part, zero) if key.endswith("qzeros") else part for key, part in parts.items()}
 
     meant = foreign(canonical, tmp_path / "gptq", block, make)
@@ -214,7 +214,7 @@ def test_a_gptq_scale_that_bfloat16_does_not_hold_is_refused(canonical: Path, tm
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
     def make(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        parts = find_format("gptq").encode(name, codes, scales)
+        parts = find_format("gptq").encode(name, pack_int4(codes), scales)
         if name == expert(2, 3, "down"):
             parts[name.removesuffix("weight") + "scales"][1, 2] = 1.0009765625  # 11 bits of mantissa
         return parts

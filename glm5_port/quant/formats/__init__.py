@@ -51,12 +51,12 @@ class Format(Protocol):
     def tensors(self, name: str, shape: tuple[int, ...], rule: Int4Rule) -> tuple[OutputTensor, ...]:
         """The tensors that stand for the weight `name` ("....weight") of a shape [out, in]."""
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Rows of a weight as rows of its tensors, by tensor name.
 
         Args:
             name: of the weight.
-            codes: [rows, in] int8, -8..7.
+            packed: [rows, in / 8] int32, canonical words of eight codes.
             scales: [rows, in / group].
         """
 
@@ -98,7 +98,7 @@ class Format(Protocol):
         """(weights of a group, groups of a row) of a stored weight by its shapes; None if its tensors do not tell."""
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """(codes [out, in] int8, scales [out, in / group]) of a weight from its tensors by name."""
+        """(canonical words [out, in / 8] int32, scales [out, in / group]) of a weight from its tensors by name."""
 
 
 def int8_tensors(name: str, shape: Sequence[int]) -> tuple[OutputTensor, ...]:

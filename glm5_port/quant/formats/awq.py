@@ -28,7 +28,7 @@ from glm5_port.quant.formats.gptq import check_words, field_problems, weights_of
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import from_awq, to_awq
 from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
-from glm5_port.quant.packing import CODES_PER_WORD
+from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 _USUAL = ("lm_head", "self_attn", "shared_experts", "mlp.gate", "eh_proj")
 """What is usually not quantised. Loaders look for these texts anywhere in a module's name."""
@@ -60,9 +60,11 @@ class Awq:
             OutputTensor.of(module + "scales", "F16", (groups, rows)),
         )
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """A whole weight."""
-        return {name.removesuffix("weight") + part: tensor for part, tensor in to_awq(codes, scales, name=name).items()}
+        return {
+            name.removesuffix("weight") + part: tensor for part, tensor in to_awq(unpack_int4(packed), scales, name=name).items()
+        }
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points depend on the group size, and are written with the codes."""
@@ -121,7 +123,7 @@ class Awq:
         return packed.shape[0] // scales.shape[0], scales.shape[0]
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and float16 scales of a weight.
+        """Words and float16 scales of a weight.
 
         Raises:
             CheckpointError: its tensors do not fit each other.
@@ -131,7 +133,8 @@ class Awq:
         packed, zeros, scales = read[module + "qweight"], read[module + "qzeros"], read[module + "scales"]
         if packed.shape[1] * CODES_PER_WORD != scales.shape[1] or not scales.shape[0] or packed.shape[0] % scales.shape[0]:
             raise CheckpointError(f"{name}: qweight {list(packed.shape)} and scales {list(scales.shape)} are not of one matrix")
-        return from_awq(packed, zeros, scales, name=name)
+        codes, canonical = from_awq(packed, zeros, scales, name=name)
+        return pack_int4(codes), canonical
 
 
 def _left_out(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> list[str]:

@@ -21,7 +21,7 @@ from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
 from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
-from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
+from glm5_port.quant.packing import CODES_PER_WORD
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 
@@ -63,9 +63,9 @@ class CompressedTensors:
             OutputTensor.of(name + SHAPE, "I32", (2,)),
         )
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        """Rows of codes and scales as rows of the packed and of the scale tensor."""
-        return {name + PACKED: pack_int4(codes), name + SCALE: scales.to(torch.bfloat16)}
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """The words as they are, and the scales."""
+        return {name + PACKED: packed, name + SCALE: scales.to(torch.bfloat16)}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The shape tensor."""
@@ -147,7 +147,7 @@ class CompressedTensors:
         return packed.shape[1] * CODES_PER_WORD // scale.shape[1], scale.shape[1]
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a weight.
+        """Words and scales of a weight.
 
         Raises:
             CheckpointError: its tensors do not fit each other.
@@ -155,7 +155,7 @@ class CompressedTensors:
         packed, scales = read[name + PACKED], read[name + SCALE]
         if packed.dim() != 2 or scales.dim() != 2 or packed.shape[0] != scales.shape[0]:
             raise CheckpointError(f"{name}: packed {list(packed.shape)} and scale {list(scales.shape)} are not of one matrix")
-        return unpack_int4(packed), scales
+        return packed, scales
 
 
 def ignore_list(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> list[str]:

@@ -19,6 +19,7 @@ from glm5_port.quant.formats.gguf_parts import PACKED_DTYPE, GgufParts
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import Q4_0_BLOCK, Q4_0_BYTES, from_q4_0, to_q4_0
 from glm5_port.quant.output_files import Container, OutputTensor
+from glm5_port.quant.packing import pack_int4, unpack_int4
 
 
 class Gguf:
@@ -49,9 +50,9 @@ class Gguf:
         rows, columns = shape
         return (OutputTensor.of(_piece(name), PACKED_DTYPE, (rows, columns // Q4_0_BLOCK * Q4_0_BYTES)),)
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Rows of blocks."""
-        return {_piece(name): to_q4_0(codes, scales, name=name)}
+        return {_piece(name): to_q4_0(unpack_int4(packed), scales, name=name)}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None."""
@@ -85,8 +86,9 @@ class Gguf:
         return None if piece is None else (Q4_0_BLOCK, piece.shape[-1] // Q4_0_BYTES)
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a weight."""
-        return from_q4_0(read[_piece(name)])
+        """Words and scales of a weight."""
+        codes, scales = from_q4_0(read[_piece(name)])
+        return pack_int4(codes), scales
 
 
 def _piece(name: str) -> str:

@@ -28,7 +28,7 @@ from glm5_port.quant.formats.compressed_tensors import ignore_list, left_out_pro
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import from_gptq, to_gptq
 from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
-from glm5_port.quant.packing import CODES_PER_WORD, unpack_int4
+from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 
 class Gptq:
@@ -58,9 +58,11 @@ class Gptq:
             OutputTensor.of(module + "g_idx", "I32", (columns,)),
         )
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """A whole weight."""
-        return {name.removesuffix("weight") + part: tensor for part, tensor in to_gptq(codes, scales, name=name).items()}
+        return {
+            name.removesuffix("weight") + part: tensor for part, tensor in to_gptq(unpack_int4(packed), scales, name=name).items()
+        }
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None: zero points and group indices depend on the group size, and are written with the codes."""
@@ -115,7 +117,7 @@ class Gptq:
         return packed.shape[0] * CODES_PER_WORD // scales.shape[0], scales.shape[0]
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and float16 scales of a weight.
+        """Words and float16 scales of a weight.
 
         Raises:
             CheckpointError: its tensors do not fit each other.
@@ -127,7 +129,8 @@ class Gptq:
         if packed.shape[1:] != scales.shape[1:] or groups == 0 or inputs % groups:
             raise CheckpointError(f"{name}: qweight {list(packed.shape)} and scales {list(scales.shape)} are not of one matrix")
         version = 2 if zeros.numel() and not bool(unpack_int4(zeros).any()) else 1
-        return from_gptq(packed, zeros, scales, read[module + "g_idx"], name=name, version=version)
+        codes, canonical = from_gptq(packed, zeros, scales, read[module + "g_idx"], name=name, version=version)
+        return pack_int4(codes), canonical
 
 
 def check_words(name: str, shape: tuple[int, ...], rule: Int4Rule, format_name: str) -> None:

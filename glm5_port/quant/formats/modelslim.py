@@ -30,6 +30,7 @@ from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
 from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
+from glm5_port.quant.packing import pack_int4, unpack_int4
 
 TYPES = {"int4": "W4A8_DYNAMIC", "repack": "W4A8_DYNAMIC", "int8": "W8A8_DYNAMIC"}
 """What became of a tensor -> its type in the description; anything else is FLOAT."""
@@ -80,9 +81,9 @@ class ModelSlim:
             OutputTensor.of(_bias_name(name), "F32", (rows, INPUT_SHARDS if _is_down(name) else 1)),
         )
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """A whole weight."""
-        wide = scales.to(torch.float32)
+        codes, wide = unpack_int4(packed), scales.to(torch.float32)
         return {
             name: (codes[0::2] & 15) | (codes[1::2] << 4),
             name + "_scale": wide,
@@ -125,22 +126,22 @@ class ModelSlim:
         return (tensors[name].shape[1], 1) if name in tensors and len(tensors[name].shape) == 2 else None
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and float32 scales of a weight.
+        """Words and float32 scales of a weight.
 
         Raises:
             CheckpointError: its tensors do not fit each other.
         """
-        packed, scales = read[name], read[name + "_scale"]
-        if packed.dim() != 2 or scales.shape != (2 * packed.shape[0], 1):
+        pairs, scales = read[name], read[name + "_scale"]
+        if pairs.dim() != 2 or scales.shape != (2 * pairs.shape[0], 1):
             raise CheckpointError(
-                f"{name}: weight {list(packed.shape)} and weight_scale {list(scales.shape)} are not of one matrix"
+                f"{name}: weight {list(pairs.shape)} and weight_scale {list(scales.shape)} are not of one matrix"
             )
-        codes = torch.stack(((packed << 4) >> 4, packed >> 4), dim=1).flatten(0, 1)  # int8: shifting right keeps the sign
+        codes = torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=1).flatten(0, 1)  # int8: shifting right keeps the sign
         if bool(read[name + "_offset"].any()):
             raise CheckpointError(f"{name}_offset is not zero everywhere")
         if not torch.equal(read[_bias_name(name)], _scale_bias(name, codes, scales)):
             raise CheckpointError(f"{_bias_name(name)} is not 8 * the sum of code * scale")
-        return codes, scales
+        return pack_int4(codes), scales
 
 
 def _is_down(name: str) -> bool:

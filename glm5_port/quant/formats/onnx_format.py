@@ -33,7 +33,7 @@ from glm5_port.quant.formats.onnx_data import CODES, SCALES
 from glm5_port.quant.formats.onnx_graph import onnx_module
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.output_files import Container, Facts, Kept, OutputTensor, PlannedTensor, Shard
-from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
+from glm5_port.quant.packing import CODES_PER_WORD
 
 _STACK = re.compile(r"(.*\.mlp\.experts\.)(gate_up|gate|up|down)(\.codes|\.scales|)")
 _PROJECTIONS = {"gate_up": ("gate", "up"), "gate": ("gate",), "up": ("up",), "down": ("down",)}
@@ -169,11 +169,12 @@ class Onnx:
             OutputTensor.of(name + SCALES, dtype, (rows, columns // _block(name, columns, rule.group_size))),
         )
 
-    def encode(self, name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Rows of both."""
-        group = codes.shape[1] // scales.shape[1]
-        repeated = scales.repeat_interleave(group // _block(name, codes.shape[1], group), dim=1)
-        return {name + CODES: pack_int4(codes).view(torch.uint8), name + SCALES: repeated}
+        columns = packed.shape[1] * CODES_PER_WORD
+        group = columns // scales.shape[1]
+        repeated = scales.repeat_interleave(group // _block(name, columns, group), dim=1)
+        return {name + CODES: packed.view(torch.uint8), name + SCALES: repeated}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """None."""
@@ -208,8 +209,8 @@ class Onnx:
         return codes.shape[-1] * 2 // scales.shape[-1], scales.shape[-1]
 
     def decode(self, read: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a weight."""
-        return unpack_int4(read[name + CODES].contiguous().view(torch.int32)), read[name + SCALES]
+        """Words and scales of a weight."""
+        return read[name + CODES].contiguous().view(torch.int32), read[name + SCALES]
 
 
 def _block(name: str, columns: int, group_size: int) -> int:
