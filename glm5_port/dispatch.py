@@ -193,12 +193,7 @@ class Operator:
         key = (request_token(), *facts.values())
         bound = self._memo.get(key)
         if bound is None:
-            bound = self._memo[key] = Bound(self.select(**facts))
-        if bound.implementation.prepare is not None:
-            raise InputError(
-                f"{self.name}: {bound.implementation.id} wants its weights prepared, which a direct call cannot do.\n"
-                f"  Bind it (bound = {self.name}.bind(...); preparation = bound.prepare()) or pin another implementation."
-            )
+            bound = self._memo[key] = Bound(select(self, facts, canonical=True))
         return bound.function(*args, **kwargs)
 
 

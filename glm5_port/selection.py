@@ -97,6 +97,7 @@ def select(
     backend: str | None = None,
     as_backend: str | None = None,
     request: Request | None = None,
+    canonical: bool = False,
 ) -> Selection:
     """Chooses an implementation on static facts and returns the whole record.
 
@@ -106,11 +107,12 @@ def select(
         backend: the strongest request; None follows the request order.
         as_backend: answers as if this backend were usable here (no probe, tensors on its device).
         request: a request made already, such as a rebinding; nothing else is read then.
+        canonical: the weights come with every call, as they do when an operator is called without being bound.
 
     Raises:
         SelectionError: nothing fits; the text is the record. FlagError: a pin names nothing that exists.
     """
-    selection = decide(operator, facts, backend=backend, as_backend=as_backend, request=request)
+    selection = decide(operator, facts, backend=backend, as_backend=as_backend, request=request, canonical=canonical)
     if selection.chosen is None:
         raise SelectionError(f"{selection}\n  facts: {_facts_line(selection.facts)}")
     _report(selection)
@@ -124,6 +126,7 @@ def decide(
     backend: str | None = None,
     as_backend: str | None = None,
     request: Request | None = None,
+    canonical: bool = False,
 ) -> Selection:
     """`select` without consequences: the record also when nothing fits (`chosen` is None), and nothing is logged."""
     load_plugins()
@@ -135,6 +138,8 @@ def decide(
     chosen: Implementation | None = None
     for implementation in _by_preference(operator, request):
         reasons = _reasons(implementation, request, facts, hypothetical=as_backend)
+        if canonical and implementation.prepare is not None:
+            reasons.append(f"wants its weights prepared, which a direct call cannot do: bind it ({operator.name}.bind)")
         take = not reasons and chosen is None
         if take:
             chosen = implementation

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from glm5_port import dispatch, registry
 from glm5_port.dispatch import Bound, trace_through
-from glm5_port.errors import GradientError, InputError
+from glm5_port.errors import GradientError, InputError, SelectionError
 from glm5_port.preparation import CanonicalWeights
 from glm5_port.registry import PORTABLE, REFERENCE
 
@@ -342,8 +342,17 @@ def test_prepared_weights_stream_in_and_run(expert_operator):
     assert f"glm5_port.{expert_operator.name}__torch_packed.default" in graph_ops(traced.graph)
 
 
-def test_a_direct_call_cannot_prepare(expert_operator):
-    with pytest.raises(InputError, match="torch/packed wants its weights prepared"):
+def test_a_direct_call_takes_what_wants_no_preparation(expert_operator):
+    call = (torch.ones(1, 4), torch.zeros(1, dtype=torch.int64), torch.ones(2, 4, 4))
+    torch.testing.assert_close(expert_operator(*call), call[0] @ call[2][0])
+    bound = next(iter(expert_operator._memo.values()))
+    assert bound.implementation.id == "torch/eager"
+    assert "wants its weights prepared, which a direct call cannot do" in str(bound.selection)
+
+
+def test_a_direct_call_of_a_pinned_one_that_prepares_is_refused(expert_operator, set_flags):
+    set_flags(**{f"GLM5_PORT_OP_{expert_operator.name.upper()}": "torch/packed"})
+    with pytest.raises(SelectionError, match="torch/packed +wants its weights prepared"):
         expert_operator(torch.ones(1, 4), torch.zeros(1, dtype=torch.int64), torch.ones(2, 4, 4))
 
 
