@@ -40,6 +40,13 @@ def set_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
+def canonical_weights(set_flags: Callable[..., None]) -> None:
+    """INT4 operators run portable implementations, which take weights as they are stored."""
+    operators = ("INT4_MATMUL", "EXPERT_MLP_INT4", "EXPERT_MLP_INT4_W4A8")
+    set_flags(**{f"{flags.OPERATOR_PREFIX}{operator}": registry.PORTABLE for operator in operators})
+
+
+@pytest.fixture
 def declare() -> Iterator[Callable[..., dispatch.Operator]]:
     """`declare(reference, **options)`: an operator of its own name that is gone after the test."""
     made: list[dispatch.Operator] = []

@@ -101,9 +101,9 @@ def test_8_bit_activations_are_within_their_budget(tmp_path: Path) -> None:
     within_budget(int4_export(tmp_path), "float32", int4_activations="int8")
 
 
-def test_no_matrix_is_kept_in_floating_point(tmp_path: Path) -> None:
+def test_no_matrix_is_kept_in_floating_point(tmp_path: Path, canonical_weights: None) -> None:
     """What stays wide: embedding, head, norms, routers, the indexer's head weights, and kv_b_proj in its two halves."""
-    model = glm5_port.load(int4_export(tmp_path), backend="cpu", dtype="float32", mtp=True)
+    model = glm5_port.load(int4_export(tmp_path), dtype="float32", mtp=True)
     wide = {
         name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.bfloat16 and p.dim() > 1
     }
@@ -133,8 +133,8 @@ def test_fused_operators_stay_where_their_matrices_are_floats(tmp_path: Path) ->
     assert not operators(plain) & {"int4_matmul", "linear_per_head", "rms_norm", "rotate"}
 
 
-def test_the_facts_of_every_binding_are_those_of_its_calls(checkpoint: Path) -> None:
-    model = glm5_port.load(checkpoint, backend="cpu", dtype="float32")
+def test_the_facts_of_every_binding_are_those_of_its_calls(checkpoint: Path, canonical_weights: None) -> None:
+    model = glm5_port.load(checkpoint, dtype="float32")
     bindings = {id(bound.function): bound for bound in model.binder.bindings}
     seen = 0
     for bound in bindings.values():

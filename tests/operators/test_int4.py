@@ -285,7 +285,7 @@ def test_gradients_are_those_of_the_decoded_experts(
 
 
 @pytest.mark.parametrize("operator", [expert_mlp_int4, expert_mlp_int4_w4a8])
-def test_experts_stream_in_one_by_one(operator: Any) -> None:
+def test_experts_stream_in_one_by_one(operator: Any, canonical_weights: None) -> None:
     arguments = mixing()
     bound = bind(operator, arguments)
     preparation = bound.prepare()
@@ -335,7 +335,7 @@ def test_decoded_rows_keep_to_the_workspace() -> None:
 # -- both doors ----------------------------------------------------------------------------------------------------------
 
 
-def test_both_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_doors(monkeypatch: pytest.MonkeyPatch, canonical_weights: None) -> None:
     monkeypatch.setattr(int4, "_BLOCK", 512)  # several blocks
     packed, scales = stored(24, 64)
     int8 = {
