@@ -7,5 +7,6 @@ NB_MODULE(_native, module) {
   module.def("isa_missing", [](int isa) { return isa_missing(static_cast<Isa>(isa)); });
   module.attr("isa_count") = isa_count;
   bind_quantize(module);
+  bind_matmul(module);
   bind_indexer(module);
 }

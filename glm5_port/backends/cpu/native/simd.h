@@ -45,6 +45,8 @@ struct F32 {
   __m512 v;
   static F32 zero() { return {_mm512_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  // Four numbers, again and again.
+  static F32 broadcast_four(const float* from) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(from))}; }
   static F32 load(const float* from) { return {_mm512_loadu_ps(from)}; }
   static F32 load(const bf16* from) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -77,6 +79,14 @@ inline F32 minimum(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32 square_root(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 // To the nearest whole number, half to even.
 inline F32 round_to_even(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// The sums (x0 + x1) + (x2 + x3) of every four neighbours of a, then those of b, c and d.
+inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xDD));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(c.v, d.v, 0x88), _mm512_shuffle_ps(c.v, d.v, 0xDD));
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm512_permutexvar_ps(order, sums)};
+}
 inline I32 to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
@@ -120,6 +130,7 @@ struct F32 {
   __m256 v;
   static F32 zero() { return {_mm256_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static F32 broadcast_four(const float* from) { return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from))}; }
   static F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
   static F32 load(const bf16* from) {
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -156,6 +167,10 @@ inline F32 minimum(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F32 square_root(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
 // To the nearest whole number, half to even.
 inline F32 round_to_even(F32 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  return {_mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))};
+}
 inline I32 to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.v)}; }

@@ -1,0 +1,114 @@
+"""Native expert_mlp_int4: routing, products, activation and mixing in one call.
+
+Shape legend: T tokens; D hidden size; F intermediate size of one expert; E experts; k choices per token; the letters of
+`glm5_port.backends.cpu.matmul` for prepared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, threads
+from glm5_port.backends.cpu.matmul import UNIT, check_width, fill_panels, new_weight, panel_shapes
+from glm5_port.errors import InputError
+from glm5_port.operators.int4 import check_int4, expert_mlp_int4
+
+
+class PanelExperts:
+    """INT4 experts in panels: gate, then up [E, 2, ...], and down [E, 1, ...]. Memory for all is taken when the first arrives."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._experts = facts["experts"]
+        self._group_size = facts["group_size"]
+        self._width_between = facts["width_between"]
+        self._tensors: dict[str, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def add(self, part: int | None, tensors: Mapping[str, Tensor]) -> None:
+        """Takes one expert."""
+        if part is None or not 0 <= part < self._experts:
+            raise InputError(f"experts on cpu: part {part} arrived; expected experts 0 to {self._experts - 1}")
+        for name, halves in (("gate_up", 2), ("down", 1)):
+            packed, scales = tensors[f"{name}_packed"], tensors[f"{name}_scales"]
+            check_int4(f"experts on cpu, {name}", packed, scales, self._group_size)
+            codes, panel_scales = self._memory(name, halves, packed)
+            for half, (half_packed, half_scales) in enumerate(zip(packed.chunk(halves), scales.chunk(halves), strict=True)):
+                fill_panels(half_packed, half_scales, self._group_size, codes[part, half], panel_scales[part, half])
+        self._seen.add(part)
+
+    def _memory(self, name: str, halves: int, packed: Tensor) -> tuple[Tensor, Tensor]:
+        if f"{name}_codes" not in self._tensors:
+            shapes = panel_shapes(packed.shape[0] // halves, packed.shape[1] * 8, self._group_size)
+            for kind, shape, dtype in zip(("codes", "panel_scales"), shapes, (torch.uint8, torch.bfloat16), strict=True):
+                self._tensors[f"{name}_{kind}"] = new_weight(self._experts, halves, *shape, dtype=dtype)
+        return self._tensors[f"{name}_codes"], self._tensors[f"{name}_panel_scales"]
+
+    def finish(self) -> dict[str, Tensor | int]:
+        """The keyword arguments of the kernel."""
+        if absent := set(range(self._experts)) - self._seen:
+            raise InputError(f"experts on cpu: experts missing: {sorted(absent)}")
+        return {**self._tensors, "width_between": self._width_between}
+
+
+def _fake_experts(
+    hidden: Tensor,
+    route_weights: Tensor,
+    ids: Tensor,
+    *,
+    group_size: int,
+    gate_up_codes: Tensor,
+    gate_up_panel_scales: Tensor,
+    down_codes: Tensor,
+    down_panel_scales: Tensor,
+    width_between: int,
+) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@native(expert_mlp_int4, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
+def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
+    def run(
+        hidden: Tensor,
+        route_weights: Tensor,
+        ids: Tensor,
+        *,
+        group_size: int,
+        gate_up_codes: Tensor,
+        gate_up_panel_scales: Tensor,
+        down_codes: Tensor,
+        down_panel_scales: Tensor,
+        width_between: int,
+    ) -> Tensor:
+        tokens, width = hidden.shape
+        expected, _ = panel_shapes(width_between, width, group_size)
+        check_width("expert_mlp_int4", expected[1] * UNIT, gate_up_codes.shape[3] * UNIT)
+        hidden_TD = rows_of(hidden)
+        weights_Tk, ids_Tk = route_weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+        y_TD = torch.empty((tokens, width), dtype=hidden.dtype)
+        kernels().int4_experts(
+            isa,
+            hidden_TD.data_ptr(),
+            hidden.dtype == torch.bfloat16,
+            tokens,
+            hidden_TD.stride(0),
+            weights_Tk.data_ptr(),
+            ids_Tk.data_ptr(),
+            ids.shape[1],
+            gate_up_codes.shape[0],
+            gate_up_codes.data_ptr(),
+            gate_up_panel_scales.data_ptr(),
+            down_codes.data_ptr(),
+            down_panel_scales.data_ptr(),
+            width,
+            width_between,
+            group_size,
+            y_TD.data_ptr(),
+            threads(),
+        )
+        return y_TD
+
+    return run
