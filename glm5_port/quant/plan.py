@@ -259,11 +259,11 @@ def _planned(config: Glm5Config, stored: Mapping[str, StoredTensor], options: Op
 
 
 def _action(name: str, tensor: StoredTensor, spec: TensorSpec | None, in_mtp: bool, options: Options) -> str:
-    """Routed experts and what `include` finds, without what `exclude` finds. Only projections can be quantised: routers, norms
-    and the indexer's head weights decide between nearly equal values."""
-    chosen = spec is not None and spec.component == ROUTED_EXPERTS and not (in_mtp and options.mtp == BF16)
-    if spec is not None and spec.kind == PROJECTION:
-        chosen = chosen or any(re.search(pattern, name) for pattern in options.include)
+    """Routed experts and what `include` finds, without what `exclude` finds and without an MTP layer that is carried as it is.
+    Only projections can be quantised: routers, norms and the indexer's head weights decide between nearly equal values."""
+    chosen = False
+    if spec is not None and spec.kind == PROJECTION and not (in_mtp and options.mtp == BF16):
+        chosen = spec.component == ROUTED_EXPERTS or any(re.search(pattern, name) for pattern in options.include)
     excluded = any(re.search(pattern, name) for pattern in options.exclude)
     if chosen and not excluded:
         return INT4

@@ -138,8 +138,10 @@ def test_other_rules_groups_and_float32_sources(tmp_path: Path) -> None:
         assert (manifest["rule"]["name"], manifest["rule"]["group_size"]) == (rule.name, rule.group_size)
 
 
-def test_mtp_layer_as_it_was(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "int4", Options(mtp="bf16"))
+@pytest.mark.parametrize("include", [(), ("shared_experts",)])
+def test_mtp_layer_as_it_was(source: Path, tmp_path: Path, include: tuple[str, ...]) -> None:
+    """Whatever patterns find in it."""
+    export(source, tmp_path / "int4", Options(mtp="bf16", include=include))
     given, written = read_all(source), read_all(tmp_path / "int4")
     mtp = [name for name in given if name.startswith("model.layers.4.")]
     assert mtp

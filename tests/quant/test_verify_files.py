@@ -231,6 +231,25 @@ def test_a_good_export_has_no_problem_by_any_way(copy: Path, source: Path) -> No
     assert any("no sha256" in note for note in alone.notes)
 
 
+def test_a_weight_that_graphs_decode_themselves(tmp_path: Path) -> None:
+    """kv_b_proj in INT4: graphs name its codes as UINT4, and both the trunk and the MTP layer have one."""
+    source, options = write_source(tmp_path / "source", kv_lora_rank=32), Options("onnx", include=("kv_b_proj",))
+    export(source, tmp_path / "onnx", options)
+    export(source, tmp_path / "canonical", Options(include=options.include))
+    moved, canonical = tmp_path / "moved", tmp_path / "canonical"
+    transcode(canonical, moved, options)
+    for found in (verify(tmp_path / "onnx", source), verify(moved, canonical), verify(moved)):
+        assert found.problems == []
+        assert not any("not known here" in note for note in found.notes)
+    for layer in (2, 4):
+        name = f"model.layers.{layer}.self_attn.kv_b_proj.weight.codes"
+        data = get(tmp_path / "onnx", name)
+        data[9] ^= 0x30
+        put(tmp_path / "onnx", name, data)
+        assert any(name in problem for problem in verify(tmp_path / "onnx").problems)
+        assert f"{name} is not what the source gives" in verify(tmp_path / "onnx", source).problems
+
+
 def test_swapped_weights_are_recognised(copy: Path) -> None:
     swap_gate_and_up(copy)
     gate, up = (piece(copy, expert(2, 1, projection)) for projection in ("gate", "up"))

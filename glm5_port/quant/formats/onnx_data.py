@@ -32,6 +32,8 @@ ALIGNMENT = 4096
 OUTER = "outer.data"
 CODES, SCALES = ".codes", ".scales"
 """Endings of the initializers that stand for an INT4 weight."""
+NIBBLES = ".nibbles"
+"""Ending of a second name for the bytes of codes, as UINT4: what standard operators decode."""
 SCALE_DTYPES = {"float32": "F32", "float16": "F16"}
 _LISTED = 10
 """Problems that an error lists."""

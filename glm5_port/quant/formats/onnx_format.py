@@ -29,7 +29,7 @@ from glm5_port.model.tensors import expected_tensors
 from glm5_port.quant.files import SpreadTensor
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE
 from glm5_port.quant.formats.onnx import DECODER, MTP, OnnxPlan, plan_onnx
-from glm5_port.quant.formats.onnx_data import CODES, SCALES
+from glm5_port.quant.formats.onnx_data import CODES, NIBBLES, SCALES
 from glm5_port.quant.formats.onnx_graph import onnx_module
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.output_files import Container, Facts, Kept, OutputTensor, PlannedTensor, Shard
@@ -98,7 +98,8 @@ class OnnxFiles:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
                     whole = _stored(onnx, tensor)
                     ends[whole.file] = max(ends.get(whole.file, 0), whole.start + whole.bytes)
-                    _add(stored, tensor.name, whole, path.name)
+                    name = tensor.name.removesuffix(NIBBLES) + CODES if tensor.name.endswith(NIBBLES) else tensor.name
+                    _add(stored, name, whole, path.name)
         stored.files = tuple(sorted(ends))
         for file, end in sorted(ends.items()):
             size = (directory / file).stat().st_size if (directory / file).exists() else None

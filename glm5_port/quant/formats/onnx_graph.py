@@ -15,7 +15,7 @@ import numpy as np
 
 from glm5_port.backends.onnxruntime.sessions import DOMAIN, IR_VERSION, MICROSOFT_OPSET, OPSET
 from glm5_port.errors import CheckpointError, InputError
-from glm5_port.quant.formats.onnx_data import CODES, SCALES, DataFile, Initializer
+from glm5_port.quant.formats.onnx_data import CODES, NIBBLES, SCALES, DataFile, Initializer
 
 _KINDS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "U8": "UINT8"}
 _ZERO_CODE = 8
@@ -162,7 +162,7 @@ class Graph:
     def _decoded(self, name: str) -> str:
         """q * s of an INT4 weight [N, K]: the same bytes seen as UINT4, of which 8 is zero."""
         rows, blocks, half = self.shape_of(name + CODES)
-        nibbles = f"{name}.nibbles"
+        nibbles = name + NIBBLES
         if nibbles not in self._initializers:
             declared = self._declared(self._stored[name + CODES])
             declared.name, declared.data_type = nibbles, self._onnx.TensorProto.UINT4
