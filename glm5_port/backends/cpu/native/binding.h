@@ -23,5 +23,6 @@ inline nanobind::call_guard<nanobind::gil_scoped_release> released() { return {}
 void bind_quantize(nanobind::module_& module);
 void bind_matmul(nanobind::module_& module);
 void bind_indexer(nanobind::module_& module);
+void bind_attention(nanobind::module_& module);
 
 }  // namespace glm5

@@ -9,4 +9,5 @@ NB_MODULE(_native, module) {
   bind_quantize(module);
   bind_matmul(module);
   bind_indexer(module);
+  bind_attention(module);
 }

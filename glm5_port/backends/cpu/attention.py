@@ -1,0 +1,193 @@
+"""Native sparse_mla_attention, mla_attention_absorbed and mla_attention_expanded.
+
+Shape legend: T tokens; H heads; C latent; R rope; K indices a token; N nope part of a head; V value part; W width of a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_port.backends.cpu.extension import MATRIX, kernels, native, threads
+from glm5_port.errors import InputError
+from glm5_port.operators.cache import LATENT, cache_layout
+from glm5_port.operators.mla import mla_attention_absorbed, mla_attention_expanded
+from glm5_port.operators.sparse_attention import check_attention, check_indices, sparse_mla_attention
+
+ROW_FORMATS = {"fp8": 2, "int8": 3}
+"""Numbers of `RowFormat` in the extension; plain rows are those of their dtype."""
+PLAIN_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+ISAS = tuple(isa for isa in MATRIX if isa != "amx")
+
+
+def _not_supported(*, cache_format: str, **_: Any) -> list[str]:
+    formats = ("plain", *ROW_FORMATS)
+    return [] if cache_format in formats else [f"reads caches of format {', '.join(formats)}, not {cache_format}"]
+
+
+def _dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype` with the numbers of each row side by side; copied only where they are not."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _queries(x_THW: Tensor) -> tuple[int, int, int]:
+    return x_THW.data_ptr(), x_THW.stride(0), x_THW.stride(1)
+
+
+def _field(field: Tensor) -> tuple[int, int, int]:
+    size = field.element_size()
+    return field.data_ptr(), field.stride(0) * size, field.stride(1) * size
+
+
+def _readable(latent_cache: list[Tensor], cache_format: str, widths: tuple[int, int]) -> list[Tensor]:
+    """The fields as the kernels read them: in place, but for dtypes and strides that no cache of this library has.
+
+    Raises:
+        InputError: unknown format, or fields that do not hold rows of these widths.
+    """
+    layout = cache_layout(LATENT, cache_format)
+    layout.check_widths(widths)
+    found, wanted = [field.shape[-1] for field in latent_cache], [field.width(widths) for field in layout.fields]
+    if found != wanted or any(field.shape[:2] != latent_cache[0].shape[:2] for field in latent_cache):
+        raise InputError(
+            f"attention: cache fields {[tuple(field.shape) for field in latent_cache]} do not hold rows of latent {widths[0]} "
+            f"and rope {widths[1]} in format {cache_format!r}\n  supported: fields [pages, page_size, W], W = {wanted}"
+        )
+    dtype = latent_cache[0].dtype
+    if cache_format not in ROW_FORMATS:
+        dtype = torch.bfloat16 if {field.dtype for field in latent_cache} == {torch.bfloat16} else torch.float32
+    return [_dense_rows(field, dtype) for field in latent_cache]
+
+
+def _cache(fields: list[Tensor], cache_format: str, widths: tuple[int, int]) -> tuple[Any, ...]:
+    """`LatentCache` of the extension."""
+    number = ROW_FORMATS.get(cache_format, PLAIN_FORMATS.get(fields[0].dtype))
+    return number, _field(fields[0]), _field(fields[-1]), *fields[0].shape[:2], *widths
+
+
+def _batch(table: Tensor, starts: Tensor, lengths: Tensor) -> tuple[int, ...]:
+    """`Batch` of the extension."""
+    return starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), *table.shape, table.stride(0)
+
+
+def _attend(
+    isa: int,
+    query: Tensor,
+    query_rope: Tensor,
+    latent_cache: list[Tensor],
+    indices: Tensor | None,
+    block_table: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    cache_format: str,
+) -> Tensor:
+    check_attention(query, query_rope, latent_cache, block_table, query_starts, lengths)
+    widths = query.shape[2], query_rope.shape[2]
+    query_THC, rope_THR = (_dense_rows(x, query.dtype) for x in (query, query_rope))
+    fields = _readable(latent_cache, cache_format, widths)
+    table, starts, counts = (_dense_rows(x, torch.int32) for x in (block_table, query_starts, lengths))
+    chosen = None if indices is None else _dense_rows(indices, torch.int32)
+    selection = (0, -1, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[1], chosen.stride(0))
+    out = torch.empty(query.shape, dtype=query.dtype)
+    kernels().attend(
+        isa,
+        query.dtype == torch.bfloat16,
+        *query.shape[:2],
+        _queries(query_THC),
+        _queries(rope_THR),
+        _cache(fields, cache_format, widths),
+        _batch(table, starts, counts),
+        *selection,
+        scale,
+        out.data_ptr(),
+        threads(),
+    )
+    return out
+
+
+@native(sparse_mla_attention, isas=ISAS, not_supported=_not_supported)
+def sparse_mla_attention_native(isa: int) -> Callable[..., Tensor]:
+    def run(
+        query_latent: Tensor,
+        query_rope: Tensor,
+        latent_cache: list[Tensor],
+        indices: Tensor,
+        block_table: Tensor,
+        query_starts: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float,
+        cache_format: str,
+    ) -> Tensor:
+        check_indices(query_latent, indices)
+        return _attend(
+            isa, query_latent, query_rope, latent_cache, indices, block_table, query_starts, lengths, scale, cache_format
+        )
+
+    return run
+
+
+@native(mla_attention_absorbed, isas=ISAS, not_supported=_not_supported)
+def mla_attention_absorbed_native(isa: int) -> Callable[..., Tensor]:
+    def run(
+        query_latent: Tensor,
+        query_rope: Tensor,
+        latent_cache: list[Tensor],
+        block_table: Tensor,
+        query_starts: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float,
+        cache_format: str,
+    ) -> Tensor:
+        return _attend(isa, query_latent, query_rope, latent_cache, None, block_table, query_starts, lengths, scale, cache_format)
+
+    return run
+
+
+@native(mla_attention_expanded, isas=ISAS, not_supported=_not_supported)
+def mla_attention_expanded_native(isa: int) -> Callable[..., Tensor]:
+    def run(
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent_cache: list[Tensor],
+        w_uk: Tensor,
+        w_uv: Tensor,
+        block_table: Tensor,
+        query_starts: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float,
+        cache_format: str,
+    ) -> Tensor:
+        check_attention(query_nope, query_rope, latent_cache, block_table, query_starts, lengths)
+        widths = w_uk.shape[2], query_rope.shape[2]
+        query_THN, rope_THR = (_dense_rows(x, query_nope.dtype) for x in (query_nope, query_rope))
+        key_HNC, value_HVC = (weight.to(query_nope.dtype).contiguous() for weight in (w_uk, w_uv))
+        fields = _readable(latent_cache, cache_format, widths)
+        table, starts, counts = (_dense_rows(x, torch.int32) for x in (block_table, query_starts, lengths))
+        out = torch.empty((*query_nope.shape[:2], w_uv.shape[1]), dtype=query_nope.dtype)
+        kernels().attend_expanded(
+            isa,
+            query_nope.dtype == torch.bfloat16,
+            *query_nope.shape[:2],
+            _queries(query_THN),
+            _queries(rope_THR),
+            _cache(fields, cache_format, widths),
+            _batch(table, starts, counts),
+            key_HNC.data_ptr(),
+            value_HVC.data_ptr(),
+            w_uk.shape[1],
+            w_uv.shape[1],
+            scale,
+            out.data_ptr(),
+            threads(),
+        )
+        return out
+
+    return run
