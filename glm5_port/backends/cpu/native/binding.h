@@ -20,6 +20,7 @@ T* at(Address address) {
 inline nanobind::call_guard<nanobind::gil_scoped_release> released() { return {}; }
 
 // Each family defines its own, in <family>/bind.cpp.
+void bind_limits(nanobind::module_& module);
 void bind_quantize(nanobind::module_& module);
 void bind_matmul(nanobind::module_& module);
 void bind_indexer(nanobind::module_& module);

@@ -6,6 +6,7 @@ NB_MODULE(_native, module) {
   module.def("isa_name", [](int isa) { return isa_name(static_cast<Isa>(isa)); });
   module.def("isa_missing", [](int isa) { return isa_missing(static_cast<Isa>(isa)); });
   module.attr("isa_count") = isa_count;
+  bind_limits(module);
   bind_quantize(module);
   bind_matmul(module);
   bind_indexer(module);
