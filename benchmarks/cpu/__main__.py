@@ -1,0 +1,104 @@
+"""Runs the contests and writes what docs/performance.md shows.
+
+    python -m benchmarks.cpu                         all contests, a table
+    python -m benchmarks.cpu --only matmul sparse    some of them
+    python -m benchmarks.cpu --out benchmarks/results --plot   also JSON and a plot
+
+The machine should be otherwise idle; shares and ratios are of one run, and the two limits are measured between the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu import attention, layer, matmul, quantize
+from benchmarks.cpu.contest import Contest, Limits, Result, run, table
+from glm5_port.backends.cpu.extension import widest_isa
+
+SUITES: dict[str, Callable[[], Iterator[Contest]]] = {
+    "matmul": matmul.products,
+    "experts": lambda: matmul.experts(256, peers=False),
+    "experts_peers": lambda: matmul.experts(64, peers=True),
+    "sparse": attention.sparse_decode,
+    "sparse_prefill": attention.sparse_prefill,
+    "dense": attention.dense_decode,
+    "indexer": attention.indexer,
+    "quantize": quantize.quantisers,
+    "layer": layer.layers,
+}
+
+
+def machine() -> dict[str, object]:
+    """What ran."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "processor": model,
+        "isa": widest_isa(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Shares of the limit, this project's kernels and the best of the others, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    works = list(dict.fromkeys((r.operator, r.work) for r in results))
+    ours, peers = [], []
+    for work in works:
+        shares = [(r.contender.startswith("cpu/"), r.share) for r in results if (r.operator, r.work) == work]
+        ours.append(100 * max(share for mine, share in shares if mine))
+        peers.append(100 * max((share for mine, share in shares if not mine), default=0.0))
+    places = range(len(works))
+    figure, axes = plt.subplots(figsize=(9, 0.28 * len(works) + 1))
+    axes.barh([place - 0.2 for place in places], ours, 0.38, label="glm5_port native", color="#1f77b4")
+    axes.barh([place + 0.2 for place in places], peers, 0.38, label="best other contender", color="#bbbbbb")
+    axes.set_yticks(list(places), [f"{operator}: {work}" for operator, work in works], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the limit measured in the same run, %")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), metavar="SUITE")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for a contest (three rounds at least)")
+    parser.add_argument("--out", type=Path, help="directory for cpu.json (and cpu.svg)")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--json", action="store_true", help="write JSON to stdout instead of a table")
+    options = parser.parse_args()
+    limits, results = Limits(), list[Result]()
+    for name in options.only:
+        for contest in SUITES[name]():
+            results += run(contest, limits, rounds=options.rounds, budget=options.budget)
+            if not options.json:
+                print(table(results[-len(contest.contenders) :]).split("\n", 2)[2], flush=True)
+    record = {"machine": machine(), "results": [result.as_dict() for result in results]}
+    if options.json:
+        print(json.dumps(record, indent=1))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        if options.plot:
+            plot(results, options.out / "cpu.svg")
+
+
+if __name__ == "__main__":
+    main()
