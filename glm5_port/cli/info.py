@@ -48,7 +48,7 @@ def describe(path: str | PathLike[str]) -> dict[str, Any]:
             here; they are told under checkpoint / problems.
     """
     from glm5_port.config import Glm5Config
-    from glm5_port.model.accounting import active_parameters, checkpoint_storage, count_parameters
+    from glm5_port.model.accounting import active_parameters, checkpoint_storage, count_int4, count_parameters
 
     config = Glm5Config.from_json(path)
     counted, described = count_parameters(config), checkpoint_storage(config)
@@ -79,6 +79,7 @@ def describe(path: str | PathLike[str]) -> dict[str, Any]:
             "total": counted.total,
             "active_per_token": active_parameters(config),
             "correction_biases": counted.correction_biases,
+            "int4": count_int4(config),
         },
         "described": {"tensors": described.tensors, "bytes": described.bytes},
         "checkpoint": _checkpoint(Path(path)),
@@ -177,6 +178,8 @@ def _what(d: dict[str, Any]) -> str:
     else:
         kinds = ", ".join(f"{dtype} {_size(size)}" for dtype, size in found["bytes_by_dtype"].items())
         scheme = f"block-FP8 {found['block_fp8'][0]} x {found['block_fp8'][1]}, " if found["block_fp8"] else ""
+        if found["int4_group_size"] is not None:
+            scheme = f"INT4 {_groups(found['int4_group_size'])}, "
         number = f"{found['files']} file{'s' * (found['files'] != 1)}, {found['tensors']:,} tensors"
         whole = "whole: every name, shape and dtype is as expected"
         rows += [
@@ -190,12 +193,23 @@ def _what(d: dict[str, Any]) -> str:
 
 def _parameters(d: dict[str, Any]) -> str:
     counted = d["parameters"]
-    rows = [(name, f"{count:,}") for name, count in counted["components"].items()]
-    rows.append(("total without MTP", f"{counted['trunk']:,}"))
+    rows = [*counted["components"].items(), ("total without MTP", counted["trunk"])]
     if counted["mtp"]:
-        rows += [("MTP layer", f"{counted['mtp']:,}"), ("total with MTP", f"{counted['total']:,}")]
-    rows.append(("active per token", f"{counted['active_per_token']:,}"))
+        rows += [("MTP layer", counted["mtp"]), ("total with MTP", counted["total"])]
+    rows.append(("active per token", counted["active_per_token"]))
+    rows = [(name, f"{count:,}", _share(counted["int4"].get(name, 0), count)) for name, count in rows]
     return "parameters\n" + _aligned(rows, indent="  ", right=1)
+
+
+def _groups(size: int) -> str:
+    from glm5_port.config import PER_CHANNEL
+
+    return "with a scale for each row" if size == PER_CHANNEL else f"in groups of {size}"
+
+
+def _share(int4: int, count: int) -> str:
+    """How much of a component is INT4."""
+    return "" if not int4 else "in INT4" if int4 == count else f"{int4:,} of them in INT4"
 
 
 def _cache(d: dict[str, Any]) -> str:

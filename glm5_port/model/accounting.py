@@ -24,6 +24,7 @@ from glm5_port.model.tensors import (
     PROJECTION,
     TensorSpec,
     expected_tensors,
+    layer_prefix,
     mtp_tensors,
 )
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
@@ -66,6 +67,17 @@ def count_parameters(config: Glm5Config) -> Parameters:
     biases = components.pop(CORRECTION_BIASES, 0)
     mtp = sum(math.prod(spec.shape) for spec in _mtp_only(config) if spec.component != CORRECTION_BIASES)
     return Parameters(components, mtp, biases)
+
+
+def count_int4(config: Glm5Config) -> dict[str, int]:
+    """Parameters that are stored in INT4, by the components of `count_parameters`; those of the MTP layer as "MTP layer"."""
+    counts: dict[str, int] = {}
+    mtp = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
+    for name, spec in expected_tensors(dataclasses.replace(config, int4=None), mtp=mtp is not None).items():
+        if spec.kind == PROJECTION and config.is_int4(name.removesuffix(".weight")):
+            component = "MTP layer" if mtp is not None and name.startswith(mtp) else spec.component
+            counts[component] = counts.get(component, 0) + math.prod(spec.shape)
+    return counts
 
 
 def active_parameters(config: Glm5Config) -> int:

@@ -12,7 +12,10 @@ import pytest
 from glm5_port.cli.info import describe, render
 from glm5_port.config import Glm5Config
 from glm5_port.errors import ConfigError
+from glm5_port.quant.export import export
+from glm5_port.quant.plan import Options
 from tests.model import checkpoint_files as files
+from tests.quant.exports import write_source
 from tests.test_config import FULL_5_2, GLM_5, GLM_5_2
 
 
@@ -70,6 +73,22 @@ def test_a_whole_checkpoint(tmp_path: Path, command_line: Callable[..., Any], qu
     assert ("block-FP8 128 x 128" in text) is quantize
     assert "does not fit" not in text
     assert "656-byte row" in text, "the small latent does not fit the fixed rows, and the table says so"
+
+
+@pytest.mark.parametrize(("options", "attention"), [(Options(), 0), (Options(include=("q_a_proj",), mtp="bf16"), 4)])
+def test_what_is_int4_is_said(tmp_path: Path, command_line: Callable[..., Any], options: Options, attention: int) -> None:
+    export(write_source(tmp_path / "source"), tmp_path / "int4", options)
+    found = json.loads(command_line("info", str(tmp_path / "int4"), "--json")[1])
+    expert = 64 * 96 * 3 * 4
+    assert found["parameters"]["int4"] == {
+        "routed experts": 3 * expert,
+        **({"attention": attention * 64 * found["config"]["q_lora_rank"]} if attention else {"MTP layer": expert}),
+    }
+    text = " ".join(command_line("info", str(tmp_path / "int4"))[1].split())
+    assert "checkpoint: INT4 in groups of 32, 1 file" in text
+    assert f"routed experts {3 * expert:,} in INT4 " in text
+    assert (f"MTP layer {found['parameters']['mtp']:,} {expert:,} of them in INT4" in text) is (attention == 0)
+    assert " in INT4" not in render(describe(tmp_path / "source"))
 
 
 def test_a_broken_checkpoint_is_told_and_fails(tmp_path: Path, command_line: Callable[..., Any]) -> None:
