@@ -45,7 +45,7 @@ $(NATIVE): $(NATIVE_SOURCES) | $(READY)
 	@PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: env ## the main job on real input: backends, a small GLM-5.2, agreement with transformers, parity
+demo: env ## the main job on real input: backends, a small GLM-5.2, agreement with transformers, parity, INT4
 	@$(BIN)/glm5-port demo
 
 lint: env ## ruff and mypy
@@ -59,6 +59,7 @@ test: lint ## format, lint, types and the fast tests
 	@$(PYTEST) -m slow --collect-only -q -p no:cacheprovider | grep -E '::' | sed 's/::.*//' | sort | uniq -c \
 	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
 	@echo "  native kernels under sanitizers: make test-sanitize"
+	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
 

@@ -53,7 +53,7 @@ def _backends(say: Any) -> dict[str, Any]:
     found = examine()
     say("1. The backends on this machine\n")
     for name, backend in found["backends"].items():
-        say(f"   {name:10} {'usable' if backend['usable'] else 'not here: ' + str(backend['missing'])}")
+        say(f"   {name:11} {'usable' if backend['usable'] else 'not here: ' + str(backend['missing'])}")
     say(f"\n   chosen: {found['chosen']}\n")
     return found
 
@@ -133,8 +133,10 @@ def _where_next(keep: Path | None) -> None:
     commands = [
         (f"glm5-port info {checkpoint}", "what a checkpoint is, and the memory it needs"),
         (f'glm5-port generate {checkpoint} --prompt "import"', f"run it ({hint})"),
+        (f"glm5-port export {checkpoint} OUT --dry-run", "what it is in INT4: files, bytes, and whether the disk has room"),
         ("glm5-port explain sparse_mla_attention --as npu", "what would run on a chip that is not here"),
         ("glm5-port parity", "all parity cases, GLM-5 widths too"),
+        ("docs/qat.md, docs/export.md", "train aware of INT4, and ship it"),
         ("docs/adding-a-backend.md", "bring your own chip"),
     ]
     width = max(len(command) for command, _ in commands)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,10 @@ def int4_chapter(say: Any, source: Path, scratch: Path) -> dict[str, Any]:
     import torch
 
     from glm5_port.model.load import load
+    from glm5_port.model.save import save_checkpoint
     from glm5_port.quant.export import export
     from glm5_port.quant.qat import canonical_tensors, prepare_qat, requantise
+    from glm5_port.quant.sizes import show_bytes
     from glm5_port.quant.verify import verify
     from glm5_port.text import Text
 
@@ -47,32 +50,40 @@ def int4_chapter(say: Any, source: Path, scratch: Path) -> dict[str, Any]:
     model = load(source, dtype="float32", trainable=True)
     prepared = prepare_qat(model)
     losses = _train(model, prepared.parameters)
-    say(f"   {prepared}")
-    say(f"   {STEPS} steps on {ROWS} x {LENGTH} bytes: {losses[0]:.3f} to {losses[-1]:.3f} bits per byte on these very bytes")
+    say(f"   train     {prepared}")
+    first, *_, last = losses
+    say(f"             {STEPS} steps on {ROWS} x {LENGTH} bytes of source code: {first:.3f} to {last:.3f} bits per byte of it")
     requantise(model)
     used = {name: tensor.detach().clone() for name, tensor in canonical_tensors(model)}
     trained, shipped = scratch / "trained", scratch / "int4"
-    _write_trained(model, source, trained)
-    export(trained, shipped)
-    same = all(torch.equal(_stored(shipped, name), tensor.cpu()) for name, tensor in used.items())
+    save_checkpoint(model, trained, dtype="bfloat16")
+    made = export(trained, shipped)
+    wrong = [name for name, tensor in used.items() if not torch.equal(_stored(shipped, name), tensor.cpu())]
+    count = len(used) // 3  # a matrix is stored as codes, scales and shape
+    say(f"   export    {show_bytes(made.plan.source_bytes)} become {show_bytes(made.plan.bytes)}")
+    say(f"             codes and scales of {count} matrices, bit for bit those that training computed with: {_verdict(wrong)}")
     report = verify(shipped, trained)
-    say(f"   exported: the bytes of {len(used) // 3} matrices are {'those' if same else 'NOT those'} that training computed with")
-    say(f"   verified: {'good' if not report.problems else '; '.join(report.problems[:3])}")
+    say(f"   verify    codes, scales, sha256, every tensor made again from the trained weights: {_verdict(report.problems)}")
     model = load(shipped)
     chosen = sorted({s.chosen.id for s in model.decisions() if s.operator == "expert_mlp_int4" and s.chosen})
     text = Text(shipped)
     (tokens,) = model.generate([text.encode(PROMPT)], max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=SEED, stop_ids=())
     written = text.decode(tokens)
-    say(f"   text from INT4 experts (expert_mlp_int4 by {', '.join(chosen)}), temperature {TEMPERATURE}:\n")
+    say(f"   generate  the export again, experts computed from their 4-bit codes (expert_mlp_int4 by {', '.join(chosen)}),")
+    say(f"             after {PROMPT.strip()!r}, temperature {TEMPERATURE}; so small a model writes what looks like Python:\n")
     say(textwrap.indent(written, "      | ") + "\n")
     return {
-        "passed": same and not report.problems and bool(chosen),
-        "matrices": len(used) // 3,
+        "passed": not wrong and not report.problems and bool(chosen),
+        "matrices": count,
         "bits_per_byte_on_the_training_bytes": losses,
-        "bytes_of_training_are_bytes_of_export": same,
+        "bytes_of_training_are_bytes_of_export": not wrong,
         "problems": report.problems,
         "text": written,
     }
+
+
+def _verdict(problems: Sequence[str]) -> str:
+    return "good" if not problems else f"WRONG: {'; '.join(problems[:3])}"
 
 
 def _train(model: Glm5Model, names: tuple[str, ...]) -> list[float]:
@@ -98,24 +109,6 @@ def _train(model: Glm5Model, names: tuple[str, ...]) -> list[float]:
             losses.append(float(loss.detach()) / math.log(2))
             advance(note=f"{losses[-1]:.3f} bits per byte")
     return losses
-
-
-def _write_trained(model: Glm5Model, source: Path, destination: Path) -> None:
-    """A copy of a checkpoint of one file with the trained experts in it. Masters are stored in float32: bf16(master) is what the
-    exporter quantises, as training did."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    from glm5_port.quant.places import assemble, choose, find_places
-
-    shutil.copytree(source, destination)
-    file = destination / "model.safetensors"
-    stored = load_file(file)
-    places = choose(find_places(model), experts=True, patterns=())
-    masters = assemble((piece, {"master": place.parameter.detach()}) for place in places for piece in place.pieces)
-    stored |= {name: parts["master"].cpu() for name, parts in masters.items()}
-    save_file(stored, file, metadata={"format": "pt"})
 
 
 def _stored(directory: Path, name: str) -> torch.Tensor:
