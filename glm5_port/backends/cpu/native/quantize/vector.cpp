@@ -22,14 +22,104 @@ inline I32 magnitude(const float* from) {
 inline F32 weights(const bf16* from) { return F32::load(from); }
 inline F32 weights(const float* from) { return rounded_to_bf16(F32::load(from)); }
 
-// Eight codes q + 8, a byte each, as one canonical word.
+// -- codes q, a byte each, as canonical words --------------------------------------------------------------------------
+
+constexpr uint32_t offset = 0x88888888;  // adds 8 to the four low bits of each of eight codes, which is what q + 8 leaves of them
+
 inline uint32_t word_of(const int8_t* codes) {
   uint64_t bytes;
   std::memcpy(&bytes, codes, 8);
-  return static_cast<uint32_t>(_pext_u64(bytes, 0x0F0F0F0F0F0F0F0F));
+  return static_cast<uint32_t>(_pext_u64(bytes, 0x0F0F0F0F0F0F0F0F)) ^ offset;
 }
 
-// Codes q + 8 of a group, a byte each; with `measured`, what they cost. Only for groups of the ordinary range.
+// A product with 1 and 16 and a sum make one byte of two codes.
+#if defined(__AVX512F__)
+constexpr int64_t codes_together = 64;
+inline void store_words(const int8_t* codes, uint32_t* words) {
+  const __m512i nibbles = _mm512_and_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(15));
+  const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(nibbles, _mm512_set1_epi16(0x1001)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm256_xor_si256(bytes, _mm256_set1_epi32(static_cast<int32_t>(offset))));
+}
+#else
+constexpr int64_t codes_together = 32;
+inline void store_words(const int8_t* codes, uint32_t* words) {
+  const __m256i nibbles = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(15));
+  const __m256i pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x1001));
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_xor_si128(bytes, _mm_set1_epi32(static_cast<int32_t>(offset))));
+}
+#endif
+
+// `count` is a multiple of 8.
+inline void pack_codes(const int8_t* codes, int64_t count, uint32_t* words) {
+  int64_t i = 0;
+  for (; i + codes_together <= count; i += codes_together) store_words(codes + i, words + i / 8);
+  for (; i < count; i += 8) words[i / 8] = word_of(codes + i);
+}
+
+// -- some groups together ----------------------------------------------------------------------------------------------
+
+// Lane g: the largest lane of vector g.
+#if defined(__AVX512F__)
+inline __m512i of_four(const I32* x) {  // of each quarter of four vectors
+  const __m512i first = _mm512_max_epi32(_mm512_unpacklo_epi32(x[0].v, x[1].v), _mm512_unpackhi_epi32(x[0].v, x[1].v));
+  const __m512i second = _mm512_max_epi32(_mm512_unpacklo_epi32(x[2].v, x[3].v), _mm512_unpackhi_epi32(x[2].v, x[3].v));
+  return _mm512_max_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+inline __m512i of_quarters(__m512i a, __m512i b) { return _mm512_max_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD)); }
+inline I32 largest_of_each(const I32 (&x)[I32::width]) {
+  return {of_quarters(of_quarters(of_four(x), of_four(x + 4)), of_quarters(of_four(x + 8), of_four(x + 12)))};
+}
+#else
+inline __m256i of_four(const I32* x) {  // of each half of four vectors
+  const __m256i first = _mm256_max_epi32(_mm256_unpacklo_epi32(x[0].v, x[1].v), _mm256_unpackhi_epi32(x[0].v, x[1].v));
+  const __m256i second = _mm256_max_epi32(_mm256_unpacklo_epi32(x[2].v, x[3].v), _mm256_unpackhi_epi32(x[2].v, x[3].v));
+  return _mm256_max_epi32(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
+}
+inline I32 largest_of_each(const I32 (&x)[I32::width]) {
+  const __m256i a = of_four(x), b = of_four(x + 4);
+  return {_mm256_max_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31))};
+}
+#endif
+
+// seventh_bits of quantize.h in each lane.
+inline I32 seventh_bits(I32 amax) {
+  const I32 mantissa = I32::broadcast(128) + (amax & I32::broadcast(127)), limit = I32::broadcast(224);
+  const I32 scaled = choose_greater(limit, mantissa, shift_left<4>(mantissa), shift_left<3>(mantissa));
+  const I32 rounded = shift_right<16>((scaled + I32::broadcast(7)) * I32::broadcast(4682));
+  return amax - mantissa + rounded - choose_greater(limit, mantissa, I32::broadcast(3 << 7), I32::broadcast(2 << 7));
+}
+
+// As many groups as a vector has lanes; false, with nothing done, if one of them cannot be held.
+template <class T>
+bool quantize_groups(const T* members, int64_t size, int8_t* codes, bf16* scales) {
+  I32 largest[I32::width];
+#pragma GCC unroll 4
+  for (int group = 0; group < I32::width; ++group) {
+    const T* own = members + group * size;
+    largest[group] = magnitude(own);
+    for (int64_t i = I32::width; i < size; i += I32::width) largest[group] = maximum(largest[group], magnitude(own + i));
+  }
+  const I32 amax = shift_right<16>(largest_of_each(largest)), least = I32::broadcast(smallest_amax);
+  if (amax.largest() > largest_amax) return false;
+  const F32 scale = float_of(shift_left<16>(choose_greater(least, amax, I32::broadcast(127 << 7), seventh_bits(amax))));
+  scale.store(scales);
+  float reciprocals[F32::width];
+  float_of(choose_greater(least, amax, I32::broadcast(0), bits_of(F32::broadcast(1.0f) / scale))).store(reciprocals);
+  const F32 grid = F32::broadcast(snap);
+#pragma GCC unroll 4
+  for (int group = 0; group < I32::width; ++group) {
+    const F32 reciprocal = F32::broadcast(reciprocals[group]);
+    for (int64_t i = group * size; i < (group + 1) * size; i += F32::width) {
+      to_int(multiply_add(weights(members + i), reciprocal, grid) - grid).store(codes + i);  // rounds half to even
+    }
+  }
+  return true;
+}
+
+// -- one group, and what it costs --------------------------------------------------------------------------------------
+
+// Codes q of a group, a byte each; with `measured`, what they cost. Only for groups of the ordinary range.
 template <bool measured, class T>
 void quantize_group(const T* members, int64_t size, int32_t amax, float s, int8_t* codes, QuantizeStatistics& statistics) {
   const F32 reciprocal = F32::broadcast(1.0f / s), scale = F32::broadcast(s), grid = F32::broadcast(snap);
@@ -38,7 +128,7 @@ void quantize_group(const T* members, int64_t size, int32_t amax, float s, int8_
   for (int64_t i = 0; i < size; i += F32::width) {
     const F32 w = weights(members + i);
     const F32 q = round_to_even((w * reciprocal + grid) - grid);
-    (to_int(q) + I32::broadcast(8)).store(codes + i);
+    to_int(q).store(codes + i);
     if (measured) {
       const F32 error = absolute(w - rounded_to_bf16(q * scale));
       errors = errors + error;
@@ -59,7 +149,7 @@ void quantize_group(const T* members, int64_t size, int32_t amax, float s, int8_
 // Groups that are all zeros, too small or not finite: every code is 0, and what is lost is the weight itself.
 template <bool measured, class T>
 void zero_group(const T* members, int64_t size, int32_t amax, int8_t* codes, QuantizeStatistics& statistics) {
-  std::memset(codes, 8, size);
+  std::memset(codes, 0, size);
   if (!measured || amax == 0) {
     statistics.zero_groups += amax == 0;
     return;
@@ -73,32 +163,42 @@ void zero_group(const T* members, int64_t size, int32_t amax, int8_t* codes, Qua
 }
 
 template <bool measured, class T>
+bf16 quantize_one(const T* members, int64_t size, int8_t* codes, QuantizeStatistics& statistics) {
+  I32 largest = I32::broadcast(0);
+  for (int64_t i = 0; i < size; i += F32::width) largest = maximum(largest, magnitude(members + i));
+  const int32_t amax = largest.largest() >> 16;
+  const bf16 scale = scale_of(amax);
+  if (amax >= smallest_amax && amax <= largest_amax) {
+    quantize_group<measured>(members, size, amax, widen(scale), codes, statistics);
+  } else {
+    zero_group<measured>(members, size, amax, codes, statistics);
+  }
+  if (measured) statistics.fp16_unsafe_scales += !fits_fp16(scale);
+  return scale;
+}
+
+template <bool measured, class T>
 void quantize_row(const QuantizeCall& call, int64_t row, int8_t* codes) {
   const T* weight = static_cast<const T*>(call.weight) + row * call.stride;
   const int64_t size = call.group, groups = call.width / size;
   uint32_t* words = call.packed + row * (call.width / 8);
   bf16* scales = call.scales + row * groups;
   QuantizeStatistics statistics;
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t group = 0; group < groups;) {
     const T* members = weight + group * size;
-    I32 largest = I32::broadcast(0);
-    for (int64_t i = 0; i < size; i += F32::width) largest = maximum(largest, magnitude(members + i));
-    const int32_t amax = largest.largest() >> 16;
-    const bf16 scale = scales[group] = scale_of(amax);
-    if (amax >= smallest_amax && amax <= largest_amax) {
-      quantize_group<measured>(members, size, amax, widen(scale), codes, statistics);
-    } else {
-      zero_group<measured>(members, size, amax, codes, statistics);
+    const int64_t together = measured || group + I32::width > groups ? 1 : I32::width;
+    if (together == 1 || !quantize_groups(members, size, codes, scales + group)) {
+      for (int64_t i = 0; i < together; ++i) scales[group + i] = quantize_one<measured>(members + i * size, size, codes + i * size, statistics);
     }
-    if (measured) statistics.fp16_unsafe_scales += !fits_fp16(scale);
-    for (int64_t i = 0; i < size; i += 8) *words++ = word_of(codes + i);
+    pack_codes(codes, together * size, words + group * size / 8);
+    group += together;
   }
   if (measured) statistics.store(call.statistics + row * statistics_count);
 }
 
 template <class T>
 void quantize_rows(const QuantizeCall& call, int64_t first, int64_t last) {
-  const Buffer<int8_t> codes(call.group);
+  const Buffer<int8_t> codes(call.group * smaller(I32::width, call.width / call.group));
   for (int64_t row = first; row < last; ++row) {
     call.statistics ? quantize_row<true, T>(call, row, codes) : quantize_row<false, T>(call, row, codes);
   }
