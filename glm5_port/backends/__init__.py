@@ -13,7 +13,17 @@ from glm5_port.registry import register_backend
 BUILT_IN = ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu", "onnxruntime")
 """Folders of this package that hold a backend, in the order in which `auto` tries them."""
 
-IMPLEMENTATIONS = ("cpu.quantize", "cpu.matmul", "cpu.experts", "cpu.indexer", "cpu.attention", "onnxruntime.int4")
+IMPLEMENTATIONS = (
+    "cpu.quantize",
+    "cpu.matmul",
+    "cpu.experts",
+    "cpu.indexer",
+    "cpu.norm",
+    "cpu.rope",
+    "cpu.routing",
+    "cpu.attention",
+    "onnxruntime.int4",
+)
 """Modules of this package with implementations of the backends' own."""
 
 

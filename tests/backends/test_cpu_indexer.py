@@ -261,6 +261,15 @@ def test_no_tokens_and_pages_that_are_not_there(bound: Callable[..., Any], isa: 
     assert torch.equal(bound(indexer_scores, isa, wrong)(**wrong).isfinite(), scores_in_float64(wrong).isfinite())
 
 
+@isas
+def test_shapes_that_do_not_fit_are_refused(bound: Callable[..., Any], isa: str) -> None:
+    arguments = paged(Make("shapes", dtype_for(isa)), [1], [9], heads=2, head_dim=8)
+    score = bound(indexer_scores, isa, arguments)
+    for name in ("head_weights", "block_table", "lengths"):
+        with pytest.raises(InputError, match="do not fit"):
+            score(**{**arguments, name: arguments[name][:0]})
+
+
 def test_reasons() -> None:
     facts = {"device_type": "cpu", "heads": 32, "head_dim": 128, "page_size": 64, "top_k": 2048}
     text = str(lightning_indexer.select(**facts, dtype=torch.float32, cache_format="plain"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5_port.backends.cpu.extension import DTYPES, kernels, native, threads
+from glm5_port.errors import InputError
 from glm5_port.operators.cache import INDEX, cache_layout
 from glm5_port.operators.indexer import check_top_k, indexer_scores, lightning_indexer, select_top_k
 
@@ -38,6 +39,24 @@ def _int32(x: Tensor) -> Tensor:
     return x.to(torch.int32).contiguous()
 
 
+def _check_shapes(
+    index_query: Tensor, head_weights: Tensor, keys: Tensor, block_table: Tensor, query_starts: Tensor, lengths: Tensor
+) -> None:
+    batch = block_table.shape[0]
+    fits = (
+        keys.dim() == index_query.dim() == 3
+        and keys.shape[2] == index_query.shape[2]
+        and head_weights.shape == index_query.shape[:2]
+        and (query_starts.shape[0], lengths.shape[0]) == (batch + 1, batch)
+    )
+    if not fits:
+        shapes = [tuple(x.shape) for x in (index_query, head_weights, keys, block_table, query_starts, lengths)]
+        raise InputError(
+            f"indexer: query, head weights, keys, block table, query starts and lengths {shapes} do not fit\n"
+            "  supported: [T, J, X], [T, J], [pages, page_size, X], [B, N], [B + 1], [B]"
+        )
+
+
 class _Call:
     """What the kernels are told of a call; keeps alive what they read."""
 
@@ -53,6 +72,7 @@ class _Call:
     ) -> None:
         cache_layout(INDEX, cache_format)  # raises for an unknown one
         keys, *scales = index_cache
+        _check_shapes(index_query, head_weights, keys, block_table, query_starts, lengths)
         if cache_format == "plain" and keys.dtype not in DTYPES:
             keys = keys.float()
         query, keys = _dense(index_query.detach()), _dense(keys.detach())

@@ -24,6 +24,7 @@ void bind_limits(nanobind::module_& module);
 void bind_quantize(nanobind::module_& module);
 void bind_matmul(nanobind::module_& module);
 void bind_indexer(nanobind::module_& module);
+void bind_small(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);
 
 }  // namespace glm5

@@ -10,5 +10,6 @@ NB_MODULE(_native, module) {
   bind_quantize(module);
   bind_matmul(module);
   bind_indexer(module);
+  bind_small(module);
   bind_attention(module);
 }
