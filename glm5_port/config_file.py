@@ -125,15 +125,15 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
+    expected = "expected: a config.json, or a directory that holds one"
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        expected = "expected: a config.json, or a directory that holds one"
         raise ConfigError(f"cannot read {file}: {error.strerror}\n  {expected}") from error
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise ConfigError(f"{file}: {error}") from error
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+        raise ConfigError(f"{file} is not valid JSON: {error}\n  {expected}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a {type(content).__name__}; a config.json is an object")
     return content

@@ -97,7 +97,10 @@ def carry_out(
     if workers < 1:
         raise InputError(f"workers = {workers}: it must be at least 1")
     if not plan.has_weights:
-        raise InputError(f"{plan.source} holds no weights: there is nothing to export (dry_run plans from config.json alone)")
+        raise InputError(
+            f"{plan.source} holds no weights: there is nothing to export\n"
+            "  expected: model.safetensors, or its index and shards; --dry-run plans from config.json alone"
+        )
     if plan.quantized and plan.scales is None:
         refuse_learned(plan.options.rule, str(plan.source))
     identity = describe(plan) | {"source": source_identity(plan)}

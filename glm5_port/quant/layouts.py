@@ -4,7 +4,6 @@
     AWQ     qweight int32 [I, O/8], packed along the outputs in the order 0 2 4 6 1 3 5 7; qzeros likewise [G, O/8]; scales
             float16 [G, O]
     Q4_0    (GGUF) blocks of 32 inputs, 18 bytes: a float16 scale, then byte j with element j low and element j + 16 high
-    ONNX    INT4 tensors: two elements a byte, the even one low, two's complement
 
 GPTQ, AWQ and Q4_0 store q + 8. The first two have a zero for each group and output; of symmetric codes it is 8, which version 1
 of GPTQ stores as 7.
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from glm5_port.errors import InputError
 from glm5_port.quant.int4 import groups_of
-from glm5_port.quant.packing import CODES_PER_WORD, as_bytes, pack_int4, unpack_int4
+from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, out of eight, that each nibble of an AWQ word holds, lowest bits first."""
@@ -139,11 +138,6 @@ def from_q4_0(blocks: Tensor) -> tuple[Tensor, Tensor]:
     halves = blocks[..., 2:]
     codes = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(-2)
     return codes.view(torch.int8) - 8, scales
-
-
-def to_onnx_int4(packed: Tensor) -> Tensor:
-    """Canonical words as the bytes of an ONNX INT4 tensor, uint8 [..., I / 2]: q + 8 becomes q by turning its highest bit."""
-    return as_bytes(packed) ^ 0x88
 
 
 def _gptq_zero(version: int, name: str) -> int:

@@ -21,7 +21,7 @@ from glm5_port.quant.formats.gguf_model import model_metadata
 from glm5_port.quant.formats.gguf_tokenizer import GLM, GPT2, why_left_out
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.packing import unpack_int4
-from glm5_port.quant.plan import Options
+from glm5_port.quant.plan import Options, plan_export
 from glm5_port.quant.transcode import transcode
 from glm5_port.quant.verify import verify
 from glm5_port.testing.tiny import tiny_config
@@ -362,3 +362,10 @@ def test_larger_groups_and_more_weights(canonical: Path, tmp_path: Path) -> None
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "rows" / "model.gguf").tensors}
     assert kinds["blk.2.ffn_up_shexp.weight"] == "Q4_0"
     assert verify(tmp_path / "rows", source).problems == []
+
+
+def test_index_heads_that_llama_cpp_aborts_on_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    for width, told in ((16, True), (64, False)):
+        source = exports.write_source(tmp_path / str(width), index_head_dim=width)
+        notes = plan_export(source, Options(format="gguf")).notes
+        assert any(f"index heads are {width} wide, and llama.cpp" in note for note in notes) is told

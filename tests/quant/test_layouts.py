@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gguf
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
-from onnx import TensorProto, helper
 from torch import Tensor
 
 from glm5_port.errors import InputError
@@ -20,7 +18,6 @@ from glm5_port.quant.layouts import (
     from_q4_0,
     to_awq,
     to_gptq,
-    to_onnx_int4,
     to_q4_0,
 )
 
@@ -73,11 +70,6 @@ def test_q4_0_by_hand():
     assert block[2:] == [j | (15 - j) << 4 for j in range(16)]
 
 
-def test_onnx_by_hand():
-    packed = Int4Tensor(COUNTING[:8].unsqueeze(0), torch.ones(1, 1), Int4Rule()).packed()
-    assert to_onnx_int4(packed).tolist() == [[0x98, 0xBA, 0xDC, 0xFE]]
-
-
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("rule", ["amax7", "signed8"])
 def test_there_and_back(group_size, rule):
@@ -110,19 +102,6 @@ def test_compressed_tensors_reads_our_awq():
     assert torch.equal(unpack_int4(converted["m.weight_packed"]), tensor.codes)
     assert torch.equal(converted["m.weight_scale"].bfloat16(), tensor.scales)
     assert (unpack_int4(converted["m.weight_zero_point"].t().contiguous()) == 0).all()
-
-
-def test_onnx_runtime_reads_our_int4():
-    tensor = made(24, 128)
-    data = to_onnx_int4(tensor.packed()).numpy().tobytes()
-    weight = helper.make_tensor("q", TensorProto.INT4, tensor.codes.shape, data, raw=True)
-    scales = helper.make_tensor("s", TensorProto.FLOAT, tensor.scales.shape, tensor.scales.float().numpy().tobytes(), raw=True)
-    node = helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=1, block_size=32)
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, tensor.codes.shape)
-    graph = helper.make_graph([node], "decode", [], [output], [weight, scales])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert np.array_equal(session.run(None, {})[0], wide(tensor).numpy())
 
 
 def test_float16_holds_what_the_text_says():

@@ -37,7 +37,10 @@ class Gguf:
         """Refuses a weight that has no tensor of its own in glm-dsa, or whose groups are not whole blocks."""
         piece = piece_of(name)
         if piece is None or is_wide(piece, shape) or len(shape) != 2:
-            raise InputError(f"{name} {list(shape)}: format {self.name} has no tensor in Q4_0 for it: leave it out of --include")
+            raise InputError(
+                f"{name} {list(shape)}: format {self.name} has no tensor in Q4_0 for it\n"
+                "  Export the original weights with an --include that does not find it, or with --exclude"
+            )
         _, size = groups_of(shape[1], rule.group_size, name=name)
         if size % Q4_0_BLOCK:
             raise InputError(

@@ -39,6 +39,8 @@ from glm5_port.quant.output_files import Facts, Kept, OutputTensor, Place, Plann
 
 PACKED_DTYPE = "U8"
 """Dtype of a piece in blocks of Q4_0: [rows, bytes of a row]."""
+INDEX_WIDTH = 64
+"""llama.cpp's indexer takes multiples of it, and aborts on others."""
 _PART = re.compile(r"model-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -82,9 +84,16 @@ class GgufParts:
         return {}
 
     def notes(self, facts: Facts) -> list[str]:
-        """Why there is no tokenizer in the file, if there is none."""
-        reason = None if facts.source is None else why_left_out(facts.source / "tokenizer.json")
-        return [] if reason is None else [f"no tokenizer goes into the GGUF file, which then takes token ids: {reason}"]
+        """Why there is no tokenizer in the file, if there is none, and what llama.cpp does not compute yet."""
+        notes = []
+        if facts.source is not None and (reason := why_left_out(facts.source / "tokenizer.json")) is not None:
+            notes.append(f"no tokenizer goes into the GGUF file, which then takes token ids: {reason}")
+        if (width := facts.config.index_head_dim) % INDEX_WIDTH:
+            notes.append(
+                f"index heads are {width} wide, and llama.cpp (of llama-cpp-python 0.3.36) aborts where that is no multiple of "
+                f"{INDEX_WIDTH}"
+            )
+        return notes
 
     def read(self, directory: Path) -> StoredTensors:
         """The pieces of all parts. A missing part is a fault, and so is one that counts otherwise than its name."""
