@@ -22,6 +22,7 @@ IMPLEMENTATIONS = (
     "cpu.rope",
     "cpu.routing",
     "cpu.attention",
+    "cpu.cache",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""

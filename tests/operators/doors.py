@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glm5_port import flags
 from glm5_port.dispatch import Bound, Operator, trace_through
 from tests.fake_devices import fake_devices
 
@@ -21,8 +24,11 @@ def function_of(operator: Operator, variant: str) -> Callable[..., Any]:
 
 
 def portable(operator: Operator, arguments: Mapping[str, Any]) -> Bound:
-    """The operator bound for these arguments; on this machine that is the portable implementation."""
-    bound = operator.bind(**operator.facts_of(arguments))
+    """The operator bound to its portable implementation, whatever this machine has for these arguments."""
+    with mock.patch.dict(os.environ, {f"GLM5_PORT_OP_{operator.name.upper()}": "torch"}):
+        flags.reset()
+        bound = operator.bind(**operator.facts_of(arguments))
+    flags.reset()
     assert bound.implementation.id == "torch/eager"
     return bound
 

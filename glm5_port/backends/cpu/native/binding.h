@@ -26,5 +26,6 @@ void bind_matmul(nanobind::module_& module);
 void bind_indexer(nanobind::module_& module);
 void bind_small(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);
+void bind_cache(nanobind::module_& module);
 
 }  // namespace glm5

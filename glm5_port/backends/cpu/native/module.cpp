@@ -12,4 +12,5 @@ NB_MODULE(_native, module) {
   bind_indexer(module);
   bind_small(module);
   bind_attention(module);
+  bind_cache(module);
 }
