@@ -47,9 +47,11 @@ template <class T>
 class Exact {
  public:
   explicit Exact(int64_t count, int64_t shift = 0) : memory_(count + shift), data_(memory_.data() + shift), count_(count) {}
-  T* data() { return data_; }
+  Exact(Exact&&) = default;  // a copy would point into the memory of the other
+  Exact& operator=(Exact&&) = default;
+  T* data() const { return data_; }
   int64_t size() const { return count_; }
-  T& operator[](int64_t i) { return data_[i]; }
+  T& operator[](int64_t i) const { return data_[i]; }
   bool operator==(const Exact& other) const {
     return count_ == other.count_ && (count_ == 0 || std::memcmp(data_, other.data_, count_ * sizeof(T)) == 0);
   }
@@ -60,13 +62,30 @@ class Exact {
   int64_t count_;
 };
 
-inline void fill_normal(Exact<float>& values, std::mt19937& random, float deviation = 1) {
+// Elements from the first to the last of `rows` rows of `width`, `stride` apart.
+inline int64_t extent(int64_t rows, int64_t stride, int64_t width) { return rows ? (rows - 1) * stride + width : 0; }
+
+inline void fill_normal(const Exact<float>& values, std::mt19937& random, float deviation = 1) {
   std::normal_distribution<float> normal(0, deviation);
   for (int64_t i = 0; i < values.size(); ++i) values[i] = normal(random);
 }
-inline void fill_normal(Exact<bf16>& values, std::mt19937& random, float deviation = 1) {
+inline void fill_normal(const Exact<bf16>& values, std::mt19937& random, float deviation = 1) {
   std::normal_distribution<float> normal(0, deviation);
   for (int64_t i = 0; i < values.size(); ++i) values[i] = round_to_bf16(normal(random));
+}
+
+// Whole numbers from -most to most: products and sums of them are exact in every format and in any order, so results must be equal.
+template <class T>
+void fill_whole(const Exact<T>& values, std::mt19937& random, int most) {
+  std::uniform_int_distribution<int> whole(-most, most);
+  for (int64_t i = 0; i < values.size(); ++i) narrow(static_cast<float>(whole(random)), &values[i]);
+}
+
+// Equal numbers; zeros of both signs are equal, and so is every NaN.
+inline bool same_numbers(const Exact<float>& a, const Exact<float>& b) {
+  for (int64_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i] && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+  return a.size() == b.size();
 }
 
 }  // namespace glm5::tests

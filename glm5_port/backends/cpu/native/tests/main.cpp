@@ -1,3 +1,5 @@
+#include <chrono>
+
 #include "tests/harness.h"
 
 namespace glm5::tests {
@@ -11,19 +13,28 @@ std::vector<Test>& all_tests() {
 }
 
 void fail(const char* file, int line, const std::string& what) {
-  if (++failures <= 20) std::printf("  %s:%d: not so: %s\n", file, line, what.c_str());
+  if (++failures <= 20) std::printf("\n  %s:%d: not so: %s\n", file, line, what.c_str());
 }
 
 }  // namespace glm5::tests
 
-int main() {
+// native_tests [--first-failure] [the beginning of tests' names]
+int main(int count, char** arguments) {
   using namespace glm5::tests;
+  const bool first_failure = count > 1 && std::strcmp(arguments[1], "--first-failure") == 0;
+  const std::string beginning = count > 1 + first_failure ? arguments[1 + first_failure] : "";
   for (const glm5::Isa isa : usable_isas()) std::printf("%s ", glm5::isa_name(isa));
   std::printf("(others: not on this machine)\n");
+  int tests = 0;
   for (const Test& test : all_tests()) {
-    std::printf("%s\n", test.name.c_str());
+    if (test.name.compare(0, beginning.size(), beginning) != 0 || (first_failure && failures)) continue;
+    std::printf("%-40s", test.name.c_str());
+    std::fflush(stdout);  // so that it is known where a sanitizer ended everything
+    const auto start = std::chrono::steady_clock::now();
     test.run();
+    std::printf("%5.1f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    ++tests;
   }
-  std::printf("%zu tests, %d failures\n", all_tests().size(), failures);
-  return failures != 0;
+  std::printf("%d tests, %d failures\n", tests, failures);
+  return failures != 0 || tests == 0;
 }

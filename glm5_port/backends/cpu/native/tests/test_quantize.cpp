@@ -12,7 +12,7 @@ struct Result {
 };
 
 template <class T>
-Result<T> quantized(Isa isa, Exact<T>& weight, int64_t rows, int64_t width, int64_t stride, int64_t group, int threads) {
+Result<T> quantized(Isa isa, const Exact<T>& weight, int64_t rows, int64_t width, int64_t stride, int64_t group, int threads) {
   Result<T> result{Exact<uint32_t>(rows * width / 8), Exact<bf16>(rows * (width / group)), Exact<float>(rows * statistics_count)};
   quantize_for(isa).int4_quantize({weight.data(), sizeof(T) == 2, rows, width, stride, group, result.packed.data(),
                                    result.scales.data(), result.statistics.data(), threads});
@@ -26,7 +26,7 @@ void same_bits_everywhere() {
     for (const int64_t rows : {0, 1, 5, 33}) {
       for (const int64_t gap : {0, 3}) {
         const int64_t width = 3 * group, stride = width + gap;
-        Exact<T> weight(rows ? (rows - 1) * stride + width : 0, gap);
+        const Exact<T> weight(extent(rows, stride, width), gap);
         fill_normal(weight, random, 0.02f);
         for (int64_t i = 0; i < weight.size(); i += 7) narrow(0.0f, &weight[i]);
         if (rows == 33) {  // zeros, tiny, infinite, NaN and huge groups
@@ -36,12 +36,12 @@ void same_bits_everywhere() {
         const Result<T> expected = quantized(Isa::scalar, weight, rows, width, stride, group, 1);
         for (const Isa isa : usable_isas()) {
           for (const int threads : {1, 2, 3}) {
-            Result<T> result = quantized(isa, weight, rows, width, stride, group, threads);
+            const Result<T> result = quantized(isa, weight, rows, width, stride, group, threads);
             CHECK(result.packed == expected.packed);
             CHECK(result.scales == expected.scales);
             for (int64_t i = 0; i < result.statistics.size(); ++i) {
-              Exact<float> theirs = expected.statistics;
-              CHECK(std::fabs(result.statistics[i] - theirs[i]) <= 1e-5f * std::fabs(theirs[i]));
+              const float theirs = expected.statistics[i];
+              CHECK(std::fabs(result.statistics[i] - theirs) <= 1e-5f * std::fabs(theirs));
             }
           }
         }
@@ -54,14 +54,13 @@ TEST(quantize_bf16) { same_bits_everywhere<bf16>(); }
 TEST(quantize_float) { same_bits_everywhere<float>(); }
 
 TEST(quantize_every_amax) {
-  Exact<bf16> weight(int64_t{1 << 15} * 8);
+  const Exact<bf16> weight(int64_t{1 << 15} * 8);
   for (int64_t i = 0; i < 1 << 15; ++i) weight[8 * i + 3] = {static_cast<uint16_t>(i)};
   const Result<bf16> result = quantized(Isa::scalar, weight, 1 << 15, 8, 8, 8, 2);
-  Result<bf16> mine = result;
   for (int i = smallest_amax; i <= largest_amax; ++i) {
     const double seventh = widen(bf16{static_cast<uint16_t>(i)}) / 7.0;
-    CHECK(mine.scales[i].bits == round_to_bf16(static_cast<float>(seventh)).bits);
-    CHECK(((mine.packed[i] >> 12) & 15) == 15);
+    CHECK(result.scales[i].bits == round_to_bf16(static_cast<float>(seventh)).bits);
+    CHECK(((result.packed[i] >> 12) & 15) == 15);
   }
 }
 
