@@ -101,8 +101,8 @@ class Limits:
         self._repeats = {kind: self._calibrated(number) for kind, number in KINDS.items()}
 
     def _calibrated(self, kind: int) -> int:
-        """Repetitions that take about PEAK_SECONDS; 0 where the machine has no such product. Best of some, so that a moment in which
-        something else ran does not look like a slow machine."""
+        """Repetitions that take about PEAK_SECONDS; 0 where the machine has no such product. Best of some, so that a
+        moment in which something else ran does not look like a slow machine."""
         repeats = 10_000
         while (seconds := min(self._time(kind, repeats)[1] for _ in range(5))) < PEAK_SECONDS:
             if not self._time(kind, 1)[0]:
