@@ -110,9 +110,9 @@ def carry_out(
     workers = fitting_workers(plan, workers, memory)
     with _disk_errors(path), _one_thread():
         path.mkdir(parents=True, exist_ok=True)
+        check_room(plan, path)
         with Journal(path, identity | {"source_times": _times(plan)}) as journal:
             resumed = _drop_damaged(path, journal, workers)
-            check_room(plan, path)
             Run(plan, path, journal, progress).work(workers)
             report = write_last_files(plan, path, identity["source"], journal.finished)
             journal.remove()

@@ -88,6 +88,11 @@ def verify(
     manifest = read_manifest(directory)
     output_format = format_of(raw.get(KEY), manifest, directory)
     stored = output_format.container.read(directory)
+    if manifest is None and KEY not in raw and not stored.faults and not output_format.weights(stored.tensors):
+        raise CheckpointError(
+            f"{directory} holds no INT4 weights, nor does its config.json announce any\n"
+            "  expected: the directory of an INT4 checkpoint; glm5-port info says whether one in bf16 or block-FP8 is whole"
+        )
     result = Verified(directory)
     result.problems += [f"files: {fault}" for fault in stored.faults]
     rule = _rule(manifest, output_format, stored, result)

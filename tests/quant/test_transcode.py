@@ -70,14 +70,18 @@ def test_from_one_foreign_format_to_the_other(canonical: Path, tmp_path: Path) -
     assert contents(tmp_path / "awq") == contents(tmp_path / "direct")
 
 
-def test_nothing_is_quantised_or_multiplied_out(canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_quantised_or_multiplied_out(
+    source: Path, canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight became a number")
 
     for name in ("quantize", "dequantize", "dequantize_packed", "quantize_packed"):
         monkeypatch.setattr(int4, name, refuse)
-    for name in ("quantize", "quantize_rows", "dequantize_rows"):
+    for name in ("quantize_measured", "quantize_packed", "quantize_with_scales", "quantize_rows", "dequantize_rows"):
         monkeypatch.setattr(writing, name, refuse)
+    with pytest.raises(AssertionError, match="a weight became a number"):
+        export(source, tmp_path / "exported")
     transcode(canonical, tmp_path / "gptq", small("gptq"))
     assert verify(tmp_path / "gptq").problems == []
 
