@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import attention, layer, matmul, quantize
+from benchmarks.cpu import attention, layer, matmul, quantize, small
 from benchmarks.cpu.contest import Contest, Limits, Result, run, table
 from glm5_port.backends.cpu.extension import widest_isa
 
@@ -30,6 +30,10 @@ SUITES: dict[str, Callable[[], Iterator[Contest]]] = {
     "sparse_prefill": attention.sparse_prefill,
     "dense": attention.dense_decode,
     "indexer": attention.indexer,
+    "selection": small.selection,
+    "prologues": small.prologues,
+    "routing": small.routing,
+    "between": small.between,
     "quantize": quantize.quantisers,
     "layer": layer.layers,
 }
