@@ -5,7 +5,7 @@
     vllm-ascend   0.23.0         Ascend
     torchrun      this library   every plan; it cannot execute one yet, and says so
 
-Sources: the engines' own argument parsers (data/engine_flags.json) and, where a rule is in their
+Sources: the engines' own argument parsers (tests/parallel/engine_flags.json) and, where a rule is in their
 code and not in a parser, the file named beside it.
 """
 
@@ -35,7 +35,7 @@ class Engine:
         name, version: as packages have them.
         backends: of this library that it serves.
         weights: kinds of weights that it loads on a backend: backend ("" for all others) -> kinds.
-        one_exchange: prefill and decode of a mixed role exchange tokens in the same form.
+        pairs: different forms of exchange (decode, prefill) that a mixed role may have; None for any.
         refusals: (topology, layout, role, phase, config) -> reasons why it cannot express a layout in a phase.
     """
 
@@ -43,7 +43,7 @@ class Engine:
     version: str
     backends: tuple[str, ...]
     weights: dict[str, tuple[str, ...]]
-    one_exchange: bool
+    pairs: tuple[tuple[str, str], ...] | None
     refusals: Callable[[Topology, Layout, str, str, Glm5Config], list[str]]
 
     def reasons(self, topology: Topology, layout: Layout, role: str, weights: str, config: Glm5Config) -> list[str]:
@@ -54,10 +54,9 @@ class Engine:
         kinds = self.weights.get(chip.backend, self.weights[""])
         if weights not in kinds:
             found.append(f"{self.name} loads {', '.join(kinds)} on {chip.backend}, not {weights}")
-        if self.one_exchange and layout.prefill_exchange not in ("", layout.exchange):
-            found.append(
-                f"{self.name} has one exchange for prefill and decode, not {layout.prefill_exchange} and {layout.exchange}"
-            )
+        pair = (layout.exchange, layout.prefill_exchange or layout.exchange)
+        if self.pairs is not None and pair[0] != pair[1] and pair not in self.pairs:
+            found.append(f"{self.name} has no exchange that is {pair[0]} in decode and {pair[1]} in prefill")
         for phase in (PREFILL, DECODE) if role == MIXED else (role,):
             found += [
                 reason for reason in self.refusals(topology, layout.in_phase(phase), role, phase, config) if reason not in found
@@ -81,6 +80,10 @@ def _vllm(topology: Topology, layout: Layout, role: str, phase: str, config: Glm
         found.append("vllm has no exchange with one copy for each rank (deepep copies by expert or by node)")
     if layout.exchange in (ALL_TO_ALL, HIERARCHICAL) and topology.chip.generation not in NVLINK_EXCHANGE:
         found.append(f"vllm's deepep exchanges need Hopper or Blackwell with NVLink, not {topology.chip.generation}")
+    if layout.exchange == ALL_TO_ALL and phase == PREFILL:
+        found.append("vllm's deepep_low_latency is for decode: its buffers do not hold a chunk of a prompt")
+    if layout.pipeline > 1 and layout.data > 1 and layout.ranks > topology.node_devices:
+        found.append("vllm keeps the stages of a data-parallel rank on its own machine: PP between machines goes with DP1 only")
     if layout.exchange in (ALL_REDUCE, ALL_GATHER) and layout.exchange_bits == 8:
         found.append(f"vllm sends 16 bits in its {layout.exchange} exchange")
     if layout.exchange in (ALL_TO_ALL, HIERARCHICAL) and layout.exchange_bits == 16:
@@ -102,6 +105,8 @@ def _sglang(topology: Topology, layout: Layout, role: str, phase: str, config: G
     if layout.exchange in (ALL_TO_ALL, HIERARCHICAL):
         if not npu and topology.chip.generation not in NVLINK_EXCHANGE:
             found.append(f"sglang's deepep needs Hopper or Blackwell with NVLink, not {topology.chip.generation}")
+        if layout.exchange == ALL_TO_ALL and phase == PREFILL and not npu:
+            found.append("sglang's low-latency deepep is for decode: its buffers do not hold a chunk of a prompt")
         if layout.expert_tensor > 1 or layout.expert != layout.stage_ranks:
             found.append("sglang's deepep takes EP = all ranks of a stage")
         if layout.exchange_bits == 16:
@@ -133,8 +138,15 @@ def _vllm_ascend(topology: Topology, layout: Layout, role: str, phase: str, conf
             )
         if phase == PREFILL and generation == "a2":
             found.append(f"vllm-ascend all-gathers on A2 above {MC2_TOKENS} tokens a rank, which a prefill chunk is")
+    if layout.expert > 1 and layout.exchange in (ALL_REDUCE, ALL_GATHER):
+        if generation != "a2":
+            found.append(f"vllm-ascend with EP never gathers on {generation}: MC2 or all-to-all; without EP it does")
+        elif phase == DECODE and local <= 24 and layout.expert >= 16:
+            found.append("vllm-ascend takes MC2 on A2 from EP16 on, not a gather, for the few tokens of a decode step")
     if layout.exchange == ALL_TO_ALL and across:
         found.append("vllm-ascend needs enable_mc2_hierarchy_comm between nodes on RoCE (docs GLM5.2.md)")
+    if layout.pipeline > 1 and layout.data > 1 and layout.ranks > topology.node_devices:
+        found.append("vllm keeps the stages of a data-parallel rank on its own machine: PP between machines goes with DP1 only")
     if layout.exchange == HIERARCHICAL and not across:
         found.append("vllm-ascend's hierarchy is for nodes joined by RoCE")
     if layout.exchange == DEDUPLICATED:
@@ -163,22 +175,29 @@ def _torchrun(topology: Topology, layout: Layout, role: str, phase: str, config:
 _GPU = ("bf16", "fp8", "int4")
 _ALL = ("bf16", "fp8", "int4", "w4a8")
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vllm", "0.33.0", ("cuda",), {"": _GPU}, True, _vllm),
+    "vllm": Engine("vllm", "0.33.0", ("cuda",), {"": _GPU}, (), _vllm),
     "sglang": Engine(
         "sglang",
         "0.5.23",
         ("cuda", "npu", "musa", "hygon"),
         {"": _GPU, "npu": ("bf16", "w4a8"), "hygon": ("bf16", "w4a8")},
-        False,
+        ((ALL_TO_ALL, HIERARCHICAL),),
         _sglang,
     ),
-    "vllm-ascend": Engine("vllm-ascend", "0.23.0", ("npu",), {"": ("bf16", "w4a8")}, False, _vllm_ascend),
+    "vllm-ascend": Engine(
+        "vllm-ascend",
+        "0.23.0",
+        ("npu",),
+        {"": ("bf16", "w4a8")},
+        ((HIERARCHICAL, ALL_GATHER), (ALL_TO_ALL, ALL_GATHER)),
+        _vllm_ascend,
+    ),
     TORCHRUN: Engine(
         TORCHRUN,
         "this library",
         ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu"),
         {"": _ALL},
-        False,
+        None,
         _torchrun,
     ),
 }
