@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t block_keys = 96;       // a multiple of every Product::keys, and at most Candidates::chunk
 constexpr int64_t tile_tokens = 8;       // that share a block of keys
-constexpr int64_t least_keys = 4032;     // of a split, a multiple of block_keys: each split selects once
+constexpr int64_t least_keys = 8064;     // of a split, a multiple of block_keys: each split selects once
 constexpr int64_t items_wanted = 64;     // tiles times splits: what threads share
 constexpr int64_t heads_of_group = 2 * F32::width;
 
