@@ -9,65 +9,92 @@ namespace {
 
 // Whole pages of two megabytes inside a new tensor: fewer look-ups of addresses while weights stream. Refusal costs speed only.
 void advise_huge_pages(Address address, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
   constexpr Address page = 2 << 20;
   const Address first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
-#ifdef MADV_HUGEPAGE
   if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
+Int4Weight int4_weight(Address codes, Address scales, int64_t rows, int64_t width, int64_t group) {
+  return {{rows, width, group == per_channel ? width : group}, at<uint8_t>(codes), at<bf16>(scales)};
+}
+
+DenseWeight dense_weight(Address data, bool is_bf16, int64_t rows, int64_t width, int64_t stride) {
+  const int64_t bytes = is_bf16 ? sizeof(bf16) : sizeof(float);
+  return {{rows, width, width}, at<uint8_t>(data), bytes, stride * bytes};
+}
+
 void prepare_int4(Address packed, Address scales, int64_t row_bytes, int64_t row_scales, Address codes, Address panel_scales, int64_t rows,
                   int64_t width, int64_t group, int threads) {
-  const Int4Weight weight = {at<uint8_t>(codes), at<bf16>(panel_scales), rows, width, group};
+  const Int4Weight weight = int4_weight(codes, panel_scales, rows, width, group);
   parallel_for(threads, weight.panels(), [&](int64_t panel) {
     fill_panels(at<uint8_t>(packed), at<bf16>(scales), row_bytes, row_scales, weight, panel, panel + 1);
   });
 }
 
+// gate and up of INT4 experts lie one behind the other, then those of the next expert.
+void int4_experts(int isa, bool int8_activations, Address hidden, bool is_bf16, int64_t tokens, int64_t stride, Address route_weights,
+                  Address ids, int64_t choices, int64_t experts, Address gate_up_codes, Address gate_up_scales, Address down_codes,
+                  Address down_scales, int64_t width, int64_t between, int64_t group, Address y, int threads) {
+  Int4Weight gate = int4_weight(gate_up_codes, gate_up_scales, between, width, group), up = gate;
+  Int4Weight down = int4_weight(down_codes, down_scales, width, between, group);
+  const int64_t half_codes = gate.panels() * gate.units() * unit_bytes, half_scales = gate.panels() * gate.groups() * panel_rows;
+  up.codes += half_codes;
+  up.scales += half_scales;
+  gate.expert_codes = up.expert_codes = 2 * half_codes;
+  gate.expert_scales = up.expert_scales = 2 * half_scales;
+  down.expert_codes = down.panels() * down.units() * unit_bytes;
+  down.expert_scales = down.panels() * down.groups() * panel_rows;
+  const MatmulKernels& kernels = matmul_for(static_cast<Isa>(isa));
+  (int8_activations ? kernels.int4_int8_experts : kernels.int4_experts)({at<void>(hidden), is_bf16, tokens, stride, at<float>(route_weights),
+                                                                         at<int32_t>(ids), choices, experts, gate, up, down, at<void>(y),
+                                                                         threads});
+}
+
+// Strides in elements; `up` begins where the gate's `between` rows end.
+void dense_experts(int isa, Address hidden, bool is_bf16, int64_t tokens, int64_t stride, Address route_weights, Address ids,
+                   int64_t choices, int64_t experts, Address gate_up, int64_t gate_up_stride, int64_t gate_up_expert, Address down,
+                   int64_t down_stride, int64_t down_expert, int64_t width, int64_t between, Address y, int threads) {
+  DenseWeight gate = dense_weight(gate_up, is_bf16, between, width, gate_up_stride), up = gate;
+  DenseWeight down_weight = dense_weight(down, is_bf16, width, between, down_stride);
+  up.data += between * up.row_bytes;
+  gate.expert_bytes = up.expert_bytes = gate_up_expert * gate.element_bytes;
+  down_weight.expert_bytes = down_expert * gate.element_bytes;
+  matmul_for(static_cast<Isa>(isa))
+      .dense_experts({at<void>(hidden), is_bf16, tokens, stride, at<float>(route_weights), at<int32_t>(ids), choices, experts, gate, up,
+                      down_weight, at<void>(y), threads});
+}
+
 }  // namespace
 
 void bind_matmul(nanobind::module_& module) {
-  module.attr("matmul_panel_rows") = panel_rows;
-  module.attr("matmul_unit_inputs") = unit_inputs;
   module.def("advise_huge_pages", advise_huge_pages);
   module.def("prepare_int4", prepare_int4, released());
+  module.def("int4_experts", int4_experts, released());
+  module.def("dense_experts", dense_experts, released());
   module.def(
       "int4_matmul",
       [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address codes, Address scales, int64_t outputs, int64_t width,
          int64_t group, Address y, int threads) {
-        matmul_for(static_cast<Isa>(isa)).int4_matmul(
-            {at<void>(x), is_bf16, rows, stride, {at<uint8_t>(codes), at<bf16>(scales), outputs, width, group}, at<void>(y), threads});
+        const Int4Weight weight = int4_weight(codes, scales, outputs, width, group);
+        matmul_for(static_cast<Isa>(isa)).int4_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
       },
       released());
   module.def(
-      "int4_experts",
-      [](int isa, Address hidden, bool is_bf16, int64_t tokens, int64_t stride, Address route_weights, Address ids, int64_t choices,
-         int64_t experts, Address gate_up_codes, Address gate_up_scales, Address down_codes, Address down_scales, int64_t width,
-         int64_t between, int64_t group, Address y, int threads) {
-        Int4ExpertsCall call = {};
-        call.hidden = at<void>(hidden);
-        call.is_bf16 = is_bf16;
-        call.tokens = tokens;
-        call.stride = stride;
-        call.route_weights = at<float>(route_weights);
-        call.ids = at<int32_t>(ids);
-        call.choices = choices;
-        call.experts = experts;
-        const int64_t width_group = group == per_channel ? width : group, between_group = group == per_channel ? between : group;
-        call.gate = {at<uint8_t>(gate_up_codes), at<bf16>(gate_up_scales), between, width, width_group};
-        call.down = {at<uint8_t>(down_codes), at<bf16>(down_scales), width, between, between_group};
-        const int64_t half_codes = call.gate.panels() * call.gate.units() * unit_bytes;
-        const int64_t half_scales = call.gate.panels() * call.gate.groups() * panel_rows;
-        call.up = call.gate;
-        call.up.codes += half_codes;
-        call.up.scales += half_scales;
-        call.gate_up_codes = 2 * half_codes;
-        call.gate_up_scales = 2 * half_scales;
-        call.down_codes = call.down.panels() * call.down.units() * unit_bytes;
-        call.down_scales = call.down.panels() * call.down.groups() * panel_rows;
-        call.y = at<void>(y);
-        call.threads = threads;
-        matmul_for(static_cast<Isa>(isa)).int4_experts(call);
+      "int8_matmul",
+      [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address codes, int64_t row_bytes, Address scales, int64_t outputs,
+         int64_t width, Address y, int threads) {
+        const Int8Weight weight = {{outputs, width, width}, at<int8_t>(codes), row_bytes, at<float>(scales)};
+        matmul_for(static_cast<Isa>(isa)).int8_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
+      },
+      released());
+  module.def(
+      "linear",
+      [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address data, int64_t row_stride, int64_t outputs, int64_t width,
+         Address y, int threads) {
+        const DenseWeight weight = dense_weight(data, is_bf16, outputs, width, row_stride);
+        matmul_for(static_cast<Isa>(isa)).linear({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
       },
       released());
 }

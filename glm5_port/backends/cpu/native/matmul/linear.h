@@ -9,10 +9,10 @@ namespace {
 
 constexpr int64_t linear_panels = 4;  // a task's columns
 
-template <class Kernel, class T>
-void linear(const Int4MatmulCall& call) {
+template <class Kernel, class T, class Weight>
+void multiply_rows(const MatmulCall<Weight>& call) {
   using Packed = typename Kernel::Packed;
-  const Int4Weight& weight = call.weight;
+  const Weight& weight = call.weight;
   const int64_t stride = packed_stride<Kernel>(weight.padded_width());
   const int threads = threads_for(call.rows * weight.rows * weight.width, call.threads);
   const Buffer<Packed> packed(call.rows * stride);

@@ -55,18 +55,11 @@ struct Routing {
   }
 };
 
-inline Int4Weight of_expert(Int4Weight weight, int64_t expert, int64_t codes, int64_t scales) {
-  weight.codes += expert * codes;
-  weight.scales += expert * scales;
-  return weight;
-}
-
 // silu(gate) * up of some rows and columns, into their places in packed rows.
-template <class Kernel>
-void fill_between(const Int4ExpertsCall& call, const Rows& rows, int64_t panel, const typename Kernel::Packed* const* x,
+template <class Kernel, class Weight>
+void fill_between(const ExpertsCall<Weight>& call, const Rows& rows, int64_t panel, const typename Kernel::Packed* const* x,
                   typename Kernel::Packed* between) {
-  const Int4Weight gate = of_expert(call.gate, rows.expert, call.gate_up_codes, call.gate_up_scales);
-  const Int4Weight up = of_expert(call.up, rows.expert, call.gate_up_codes, call.gate_up_scales);
+  const Weight gate = call.gate.of_expert(rows.expert), up = call.up.of_expert(rows.expert);
   const int64_t panels = smaller(between_panels, gate.panels() - panel), width = panels * panel_rows;
   const int64_t column = panel * panel_rows, columns = smaller(width, gate.rows - column);
   const Buffer<float> gates(rows.count * width), ups(rows.count * width);
@@ -84,16 +77,16 @@ void fill_between(const Int4ExpertsCall& call, const Rows& rows, int64_t panel, 
   }
 }
 
-// The results of all experts in some columns, mixed in the order of choices.
-template <class Kernel, class T>
-void mix_columns(const Int4ExpertsCall& call, const Routing& routing, int64_t panel, const typename Kernel::Packed* const* between) {
+// The results of all experts in some columns, mixed in the order of choices. `multiply_block(rows, panels, results)` makes those
+// of one expert.
+template <class T, class Weight, class Multiply>
+void mix_columns(const ExpertsCall<Weight>& call, const Routing& routing, int64_t panel, const Multiply& multiply_block) {
   const int64_t panels = smaller(result_panels, call.down.panels() - panel), width = panels * panel_rows;
   const int64_t column = panel * panel_rows, columns = smaller(width, call.down.rows - column);
   const Buffer<float> results(routing.used * width);
   for (int64_t b = 0; b < routing.count; ++b) {
     const Rows& rows = routing.blocks[b];
-    const Int4Weight down = of_expert(call.down, rows.expert, call.down_codes, call.down_scales);
-    multiply<Kernel>(down, panel, panels, between + rows.first, rows.count, results + rows.first * width, width);
+    multiply_block(rows, panels, results + rows.first * width);
   }
   for (int64_t token = 0; token < call.tokens; ++token) {
     float total[result_panels * panel_rows] = {};
@@ -108,8 +101,8 @@ void mix_columns(const Int4ExpertsCall& call, const Routing& routing, int64_t pa
 }
 
 // The tokens of one chunk.
-template <class Kernel, class T>
-void mix_tokens(const Int4ExpertsCall& call) {
+template <class Kernel, class T, class Weight>
+void mix_tokens(const ExpertsCall<Weight>& call) {
   using Packed = typename Kernel::Packed;
   const Routing routing(call.ids, call.tokens * call.choices, call.experts);
   const int64_t width = packed_stride<Kernel>(call.gate.padded_width()), between_width = packed_stride<Kernel>(call.down.padded_width());
@@ -131,23 +124,33 @@ void mix_tokens(const Int4ExpertsCall& call) {
     fill_between<Kernel>(call, routing.blocks[task / tasks], task % tasks * between_panels, hidden_rows, between);
   });
   parallel_for(threads, blocks_of(call.down.panels(), result_panels), [&](int64_t task) {
-    mix_columns<Kernel, T>(call, routing, task * result_panels, between_rows);
+    const int64_t panel = task * result_panels;
+    mix_columns<T>(call, routing, panel, [&](const Rows& rows, int64_t panels, float* results) {
+      const Weight down = call.down.of_expert(rows.expert);
+      multiply<Kernel>(down, panel, panels, between_rows + rows.first, rows.count, results, panels * panel_rows);
+    });
   });
 }
 
-template <class Kernel, class T>
-void mixture(const Int4ExpertsCall& call) {
-  const int64_t token_bytes = (call.gate.padded_width() + call.choices * call.down.padded_width()) * sizeof(typename Kernel::Packed);
+// Calls mix(chunk) for chunks of tokens whose activations, `token_bytes` each, keep to chunk_bytes.
+template <class T, class Weight, class Mix>
+void in_chunks(const ExpertsCall<Weight>& call, int64_t token_bytes, const Mix& mix) {
   const int64_t most = larger(1, chunk_bytes / token_bytes);
   for (int64_t first = 0; first < call.tokens; first += most) {
-    Int4ExpertsCall chunk = call;
+    ExpertsCall<Weight> chunk = call;
     chunk.tokens = smaller(most, call.tokens - first);
     chunk.hidden = static_cast<const T*>(call.hidden) + first * call.stride;
     chunk.route_weights += first * call.choices;
     chunk.ids += first * call.choices;
     chunk.y = static_cast<T*>(call.y) + first * call.down.rows;
-    mix_tokens<Kernel, T>(chunk);
+    mix(chunk);
   }
+}
+
+template <class Kernel, class T, class Weight>
+void mix_experts(const ExpertsCall<Weight>& call) {
+  const int64_t token_bytes = (call.gate.padded_width() + call.choices * call.down.padded_width()) * sizeof(typename Kernel::Packed);
+  in_chunks<T>(call, token_bytes, mix_tokens<Kernel, T, Weight>);
 }
 
 }  // namespace

@@ -67,8 +67,7 @@ void multiply(const Weight& weight, int64_t panel, int64_t panels, const typenam
     for (int64_t unit = 0; unit < units; unit += Kernel::chunk_units) {
       const int64_t length = smaller(Kernel::chunk_units, units - unit);
       for (int64_t p = 0; p < panels; ++p) {
-        const uint8_t* next = p + 1 < panels ? weight.codes_of(panel + p + 1) + unit * unit_bytes
-                                             : weight.codes_of(panel) + (unit + Kernel::chunk_units) * unit_bytes;
+        const uint8_t* next = p + 1 < panels ? weight.at(panel + p + 1, unit) : weight.at(panel, unit + Kernel::chunk_units);
         Kernel::decode(weight, panel + p, unit, length, decoded, next);
         for (int64_t row = 0; row < count; row += Kernel::tile_rows) {
           tile_of<Kernel, Kernel::tile_rows>(smaller(Kernel::tile_rows, count - row), decoded, length * Kernel::unit_steps, x + row,
@@ -89,8 +88,8 @@ inline int64_t packed_stride(int64_t width) {
 }
 
 // A row in the order of the kernel, units padded with zeros.
-template <class Kernel, class Weight, class T>
-void pack_row(const T* x, const Weight& weight, typename Kernel::Packed* to) {
+template <class Kernel, class T>
+void pack_row(const T* x, const Shape& weight, typename Kernel::Packed* to) {
   for (int64_t start = 0; start < weight.width; start += weight.group) {
     for (int64_t i = 0; i < weight.group; i += unit_inputs, to += unit_inputs) {
       Kernel::pack(x + start + i, smaller(unit_inputs, weight.group - i), to);
@@ -99,8 +98,8 @@ void pack_row(const T* x, const Weight& weight, typename Kernel::Packed* to) {
 }
 
 // Where column `input` lies in a packed row.
-template <class Kernel, class Weight>
-inline int64_t packed_place(const Weight& weight, int64_t input) {
+template <class Kernel>
+inline int64_t packed_place(const Shape& weight, int64_t input) {
   const int64_t inside = input % weight.group;
   return (input / weight.group * weight.units_of_group() + inside / unit_inputs) * unit_inputs + Kernel::place(inside % unit_inputs);
 }
