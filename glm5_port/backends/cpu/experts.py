@@ -1,4 +1,4 @@
-"""Native expert_mlp_int4: routing, products, activation and mixing in one call.
+"""Native expert_mlp, expert_mlp_int4, expert_mlp_int4_w4a8 and gated_mlp: grouping, products, activation and mixing in one call.
 
 Shape legend: T tokens; D hidden size; F intermediate size of one expert; E experts; k choices per token; the letters of
 `glm5_port.backends.cpu.matmul` for prepared weights.
@@ -15,7 +15,9 @@ from torch import Tensor
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, threads
 from glm5_port.backends.cpu.matmul import UNIT, check_width, fill_panels, new_weight, panel_shapes
 from glm5_port.errors import InputError
-from glm5_port.operators.int4 import check_int4, expert_mlp_int4
+from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
+from glm5_port.operators.linear import gated_mlp
+from glm5_port.operators.moe import expert_mlp
 
 
 class PanelExperts:
@@ -69,8 +71,7 @@ def _fake_experts(
     return torch.empty_like(hidden)
 
 
-@native(expert_mlp_int4, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
-def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
+def _int4_experts(isa: int, *, int8_activations: bool) -> Callable[..., Tensor]:
     def run(
         hidden: Tensor,
         route_weights: Tensor,
@@ -84,13 +85,13 @@ def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
         width_between: int,
     ) -> Tensor:
         tokens, width = hidden.shape
-        expected, _ = panel_shapes(width_between, width, group_size)
-        check_width("expert_mlp_int4", expected[1] * UNIT, gate_up_codes.shape[3] * UNIT)
-        hidden_TD = rows_of(hidden)
-        weights_Tk, ids_Tk = route_weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+        (_, units, *_), _ = panel_shapes(width_between, width, group_size)
+        check_width("experts on cpu", units * UNIT, gate_up_codes.shape[3] * UNIT)
+        hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
         y_TD = torch.empty((tokens, width), dtype=hidden.dtype)
         kernels().int4_experts(
             isa,
+            int8_activations,
             hidden_TD.data_ptr(),
             hidden.dtype == torch.bfloat16,
             tokens,
@@ -110,5 +111,71 @@ def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
             threads(),
         )
         return y_TD
+
+    return run
+
+
+def _routed(hidden: Tensor, route_weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return rows_of(hidden), route_weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+
+
+@native(expert_mlp_int4, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
+def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
+    return _int4_experts(isa, int8_activations=False)
+
+
+@native(expert_mlp_int4_w4a8, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
+def expert_mlp_int4_w4a8_native(isa: int) -> Callable[..., Tensor]:
+    return _int4_experts(isa, int8_activations=True)
+
+
+# -- weights in floating point -------------------------------------------------------------------------------------------
+
+
+def _dense_experts(isa: int, hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Weights as they are declared, [E, 2F, D] and [E, D, F]; copied only if their rows are strided."""
+    gate_up, down = (weight if weight.stride(2) == 1 else weight.contiguous() for weight in (gate_up, down))
+    hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
+    y_TD = torch.empty(hidden.shape, dtype=hidden.dtype)
+    kernels().dense_experts(
+        isa,
+        hidden_TD.data_ptr(),
+        hidden.dtype == torch.bfloat16,
+        hidden.shape[0],
+        hidden_TD.stride(0),
+        weights_Tk.data_ptr(),
+        ids_Tk.data_ptr(),
+        ids.shape[1],
+        gate_up.shape[0],
+        gate_up.data_ptr(),
+        gate_up.stride(1),
+        gate_up.stride(0),
+        down.data_ptr(),
+        down.stride(1),
+        down.stride(0),
+        hidden.shape[1],
+        down.shape[2],
+        y_TD.data_ptr(),
+        threads(),
+    )
+    return y_TD
+
+
+@native(expert_mlp, isas=MATRIX)
+def expert_mlp_native(isa: int) -> Callable[..., Tensor]:
+    def run(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return _dense_experts(isa, hidden, route_weights, ids, gate_up, down)
+
+    return run
+
+
+@native(gated_mlp, isas=MATRIX)
+def gated_mlp_native(isa: int) -> Callable[..., Tensor]:
+    """One expert that every token chooses."""
+
+    def run(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        rows = rows_of(x)
+        ones, zeros = torch.ones(rows.shape[0], 1), torch.zeros(rows.shape[0], 1, dtype=torch.int32)
+        return _dense_experts(isa, rows, ones, zeros, gate_up.unsqueeze(0), down.unsqueeze(0)).view(x.shape)
 
     return run

@@ -1,4 +1,4 @@
-"""Native int4_matmul, and the weight layout of the INT4 kernels.
+"""Native int4_matmul, int8_matmul and linear, and the weight layout of the INT4 kernels.
 
 A prepared weight has the bytes of the canonical one in another order (native/matmul/layout.h): panels of sixteen output rows,
 each one stream. It takes 0.5625 bytes a weight in groups of 32, as the canonical one does; groups whose length is no multiple of
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, threads
 from glm5_port.errors import InputError
-from glm5_port.operators.int4 import check_int4, int4_matmul
+from glm5_port.operators.int4 import check_int4, int4_matmul, int8_matmul
+from glm5_port.operators.linear import linear
 from glm5_port.quant.int4 import groups_of
 
 UNIT = 32
@@ -86,7 +87,7 @@ class PanelWeight:
 def check_width(name: str, width: int, expected: int) -> None:
     """Raises InputError unless rows of `width` fit a prepared weight of `expected` inputs."""
     if width != expected:
-        raise InputError(f"{name}: rows of {width} numbers, and a weight prepared for {expected} inputs")
+        raise InputError(f"{name}: rows of {width} numbers, and a weight of {expected} inputs")
 
 
 def _fake_matmul(x: Tensor, *, group_size: int, codes: Tensor, panel_scales: Tensor, outputs: int) -> Tensor:
@@ -112,6 +113,53 @@ def int4_matmul_native(isa: int) -> Callable[..., Tensor]:
             outputs,
             width,
             size,
+            y.data_ptr(),
+            threads(),
+        )
+        return y
+
+    return run
+
+
+@native(int8_matmul, isas=MATRIX)
+def int8_matmul_native(isa: int) -> Callable[..., Tensor]:
+    def run(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        rows_RK, weight_NK, scales_N = rows_of(x), rows_of(weight), weight_scale.to(torch.float32).contiguous()
+        check_width("int8_matmul", x.shape[-1], weight.shape[1])
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+        kernels().int8_matmul(
+            isa,
+            rows_RK.data_ptr(),
+            x.dtype == torch.bfloat16,
+            rows_RK.shape[0],
+            rows_RK.stride(0),
+            weight_NK.data_ptr(),
+            weight_NK.stride(0),
+            scales_N.data_ptr(),
+            *weight.shape,
+            y.data_ptr(),
+            threads(),
+        )
+        return y
+
+    return run
+
+
+@native(linear, isas=MATRIX)
+def linear_native(isa: int) -> Callable[..., Tensor]:
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        rows_RK, weight_NK = rows_of(x), rows_of(weight)
+        check_width("linear", x.shape[-1], weight.shape[1])
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+        kernels().linear(
+            isa,
+            rows_RK.data_ptr(),
+            x.dtype == torch.bfloat16,
+            rows_RK.shape[0],
+            rows_RK.stride(0),
+            weight_NK.data_ptr(),
+            weight_NK.stride(0),
+            *weight.shape,
             y.data_ptr(),
             threads(),
         )
