@@ -19,7 +19,21 @@ import glm5_port
 from glm5_port import cli, flags
 from glm5_port.errors import Glm5PortError
 
-ORDER = ("doctor", "explain", "info", "generate", "export", "transcode", "verify", "inspect", "parity", "bench", "demo", "flags")
+ORDER = (
+    "doctor",
+    "explain",
+    "info",
+    "generate",
+    "plan",
+    "export",
+    "transcode",
+    "verify",
+    "inspect",
+    "parity",
+    "bench",
+    "demo",
+    "flags",
+)
 """The order of the help page: what a newcomer needs first. Commands not named here follow by name."""
 
 
