@@ -23,6 +23,7 @@ IMPLEMENTATIONS = (
     "cpu.routing",
     "cpu.attention",
     "cpu.cache",
+    "cpu.mla",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""
