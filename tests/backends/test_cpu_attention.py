@@ -16,7 +16,7 @@ import glm5_port.backends.cpu.extension as extension
 from glm5_port import flags
 from glm5_port.dispatch import Operator
 from glm5_port.operators.cache import cache_layout, slots_at
-from glm5_port.operators.mla import mla_attention_absorbed, mla_attention_expanded
+from glm5_port.operators.mla import attention_output, mla_attention_absorbed, mla_attention_expanded
 from glm5_port.operators.sparse_attention import sparse_mla_attention
 
 ISAS = [isa for isa in extension.MATRIX if not extension.isa_missing(isa)]
@@ -97,12 +97,17 @@ def make_call(
 
 
 def run(operator: Operator, call: dict[str, Any], isa: str | None = None) -> Tensor:
-    bound = operator.bind(**operator.facts_of(call) | {"device_type": "cpu", "dtype": call["query_rope"].dtype})
+    bound = operator.bind(**operator.facts_of(call) | {"device_type": "cpu", "dtype": dtype_of(call)})
     assert bound.implementation.id.startswith("cpu/")
     if isa is not None:
         assert bound.implementation.id == f"cpu/{nearest(isa, bound.implementation.operator)}"
     result: Tensor = bound(**call)
     return result
+
+
+def dtype_of(call: dict[str, Any]) -> torch.dtype:
+    dtype: torch.dtype = call["query_rope" if "query_rope" in call else "latent_out"].dtype
+    return dtype
 
 
 def nearest(isa: str, operator: Operator) -> str:
@@ -280,3 +285,44 @@ def test_a_foreign_cache_format_is_refused_beforehand() -> None:
     facts = sparse_mla_attention.facts_of(make_call(sparse_mla_attention)) | {"device_type": "cpu", "cache_format": "nz"}
     reasons = sparse_mla_attention.implementations["cpu/avx2"].not_supported(**facts)
     assert "reads caches of format plain, fp8, int8, not nz" in reasons
+
+
+# -- attention_output --------------------------------------------------------------------------------------------------------
+
+
+def output_call(tokens: int, heads: int, latent: int, value: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "latent_out": normal(tokens, heads, latent, seed=1, dtype=dtype),
+        "w_uv": normal(heads, value, latent, seed=2, dtype=dtype, std=latent**-0.5),
+        "o": normal(width, heads * value, seed=3, dtype=dtype, std=(heads * value) ** -0.5),
+    }
+
+
+@every_dtype
+def test_output_tails(isa: str, dtype: torch.dtype) -> None:
+    """Every remainder of lanes, panels, rows of a task and words, each on both sides."""
+    sizes = [(tokens, 2, 16, 8, 24) for tokens in (1, 15, 16, 17, 33, 64, 65, 130)]
+    sizes += [(3, 1, latent, 5, 7) for latent in (1, 2, 15, 17, 31, 33, 600)]
+    sizes += [(3, 3, 24, value, width) for value, width in ((1, 1), (6, 63), (7, 64), (64, 65), (65, 130))]
+    for size in sizes:
+        call = output_call(*size, dtype)
+        assert_near(run(attention_output, call, isa), gold(attention_output, call))
+
+
+def test_output_is_the_same_for_threads_batches_and_strides(isa: str) -> None:
+    call = output_call(70, 5, 48, 33, 129, torch.bfloat16)
+    expected = run(attention_output, call, isa)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            assert torch.equal(run(attention_output, call, isa), expected)
+    finally:
+        torch.set_num_threads(before)
+    for token in (0, 69):
+        alone = run(attention_output, call | {"latent_out": call["latent_out"][token : token + 1]}, isa)
+        assert torch.equal(alone, expected[token : token + 1])
+    moved = {name: torch.cat((x[..., :3], x, x[..., :2]), -1)[..., 3:-2] for name, x in call.items()}
+    assert torch.equal(run(attention_output, moved, isa), expected)
+    apart = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in call.items()}
+    assert torch.equal(run(attention_output, apart, isa), expected)

@@ -1,6 +1,7 @@
-"""Native sparse_mla_attention, mla_attention_absorbed and mla_attention_expanded.
+"""Native sparse_mla_attention, mla_attention_absorbed, mla_attention_expanded and attention_output.
 
-Shape legend: T tokens; H heads; C latent; R rope; K indices a token; N nope part of a head; V value part; W width of a field.
+Shape legend: T tokens; H heads; C latent; R rope; K indices a token, or numbers of a row; N nope part of a head, or results of a
+row; V value part; W width of a field.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, threads
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout
-from glm5_port.operators.mla import mla_attention_absorbed, mla_attention_expanded
+from glm5_port.operators.mla import attention_output, check_output, mla_attention_absorbed, mla_attention_expanded
 from glm5_port.operators.sparse_attention import check_attention, check_indices, sparse_mla_attention
 
 ROW_FORMATS = {"fp8": 2, "int8": 3}
@@ -189,5 +190,33 @@ def mla_attention_expanded_native(isa: int) -> Callable[..., Tensor]:
             threads(),
         )
         return out
+
+    return run
+
+
+def _multiply_heads(isa: int, x_THK: Tensor, weight_HNK: Tensor) -> Tensor:
+    """[T, H, N]: the rows of each head by that head's matrix."""
+    rows, weight = _dense_rows(x_THK, x_THK.dtype), _dense_rows(weight_HNK, x_THK.dtype)
+    y_THN = torch.empty((*rows.shape[:2], weight.shape[1]), dtype=rows.dtype)
+    kernels().multiply_heads(
+        isa,
+        rows.dtype == torch.bfloat16,
+        _queries(rows),
+        *rows.shape,
+        weight.shape[1],
+        weight.data_ptr(),
+        *weight.stride()[:2],
+        y_THN.data_ptr(),
+        threads(),
+    )
+    return y_THN
+
+
+@native(attention_output, isas=ISAS)
+def attention_output_native(isa: int) -> Callable[..., Tensor]:
+    def run(latent_out: Tensor, w_uv: Tensor, o: Tensor) -> Tensor:
+        check_output(latent_out, w_uv, o)
+        value_THV = _multiply_heads(isa, latent_out, w_uv)
+        return _multiply_heads(isa, value_THV.flatten(1).unsqueeze(1), o.unsqueeze(0)).squeeze(1)
 
     return run

@@ -66,9 +66,22 @@ struct ExpandedCall {
   int64_t nope_width, value_width;
 };
 
+// y[t, h] = weight[h] x[t, h].
+struct HeadsCall {
+  const void* x;  // [T, H, in] float or bfloat16; strides in elements, the numbers of a head side by side
+  int64_t token_stride, head_stride;
+  bool is_bf16;
+  int64_t tokens, heads, width_in, width_out;
+  const void* weight;  // [H, out, in], of the type of x; the numbers of a row side by side
+  int64_t weight_head_stride, weight_row_stride;
+  void* y;  // [T, H, out] dense
+  int threads;
+};
+
 struct AttentionKernels {
   void (*attend)(const AttentionCall& call);
   void (*attend_expanded)(const ExpandedCall& call);
+  void (*multiply_heads)(const HeadsCall& call);
 };
 GLM5_MATRIX_KERNELS(AttentionKernels, attention)
 

@@ -68,6 +68,16 @@ void bind_attention(nanobind::module_& module) {
             .attend_expanded({attention, at<void>(key_weight), at<void>(value_weight), nope_width, value_width});
       },
       released());
+  module.def(
+      "multiply_heads",
+      [](int isa, bool is_bf16, const QueriesIn& x, int64_t tokens, int64_t heads, int64_t width_in, int64_t width_out,
+         Address weight, int64_t weight_head_stride, int64_t weight_row_stride, Address y, int threads) {
+        const Queries rows = queries_of(x);
+        attention_for(static_cast<Isa>(isa))
+            .multiply_heads({rows.data, rows.token_stride, rows.head_stride, is_bf16, tokens, heads, width_in, width_out,
+                             at<void>(weight), weight_head_stride, weight_row_stride, at<void>(y), threads});
+      },
+      released());
 }
 
 }  // namespace glm5

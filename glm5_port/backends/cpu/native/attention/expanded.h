@@ -171,7 +171,8 @@ void attend_expanded_heads(const ExpandedCall& given) {
   const AttentionCall& call = given.attention;
   const int64_t row = call.heads * given.value_width * (call.is_bf16 ? 2 : 4);
   const int64_t placed = smaller(call.batch.query_starts[call.batch.sequences], call.tokens);
-  if (placed < call.tokens) std::memset(static_cast<uint8_t*>(call.out) + placed * row, 0, (call.tokens - placed) * row);  // padding
+  if (placed < call.tokens)
+    std::memset(static_cast<uint8_t*>(call.out) + placed * row, 0, (call.tokens - placed) * row);  // padding
   const Buffer<Run> runs(runs_of_batch(call, nullptr));
   const int64_t count = runs_of_batch(call, runs);
   parallel_for(call.threads, count * call.heads,

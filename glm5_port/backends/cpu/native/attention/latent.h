@@ -86,12 +86,6 @@ void attend_split(const AttentionCall& call, const Tokens<Unit>& tokens, const B
   }
 }
 
-template <class T>
-void store_row(F32 numbers, T* to, int64_t first, int64_t width) {
-  if (first + F32::width <= width) numbers.store(to + first);
-  else store_first(numbers, to + first, width - first);
-}
-
 // factors[split][lane]: what the sums of a split count in the result of each lane of a panel.
 template <class Unit>
 void combine_factors(const BlockShape<Unit>& shape, const float* memory, int64_t splits, int64_t lane, float* factors) {

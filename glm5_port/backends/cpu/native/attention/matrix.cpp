@@ -1,6 +1,7 @@
 // Attention on pairs of bfloat16 numbers, where queries and cache are made of such; weights are rounded to bfloat16, sums are
 // float.
 #include "attention/expanded.h"
+#include "attention/heads.h"
 
 namespace glm5 {
 namespace {
@@ -14,6 +15,7 @@ struct PairUnit {
   static Operand broadcast(Word word) { return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(word)))}; }
   static Operand load(const Word* from) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(from))}; }
   static F32 multiply_add(Operand a, Operand b, F32 sum) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
+  static Operand load_row(const bf16* numbers) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(numbers))}; }
 
   static Word word(const bf16* numbers, int64_t count) {
     return numbers[0].bits | (count > 1 ? static_cast<Word>(numbers[1].bits) << 16 : 0);
@@ -48,9 +50,13 @@ void attend_expanded(const ExpandedCall& call) {
   is_made_of_pairs(call.attention) ? attend_expanded_heads<PairUnit>(call) : floats().attend_expanded(call);
 }
 
+void multiply_heads(const HeadsCall& call) {
+  call.is_bf16 ? multiply_heads<PairUnit, bf16>(call) : floats().multiply_heads(call);
+}
+
 }  // namespace
 
 namespace GLM5_ISA {
-const AttentionKernels attention = {attend, attend_expanded};
+const AttentionKernels attention = {attend, attend_expanded, multiply_heads};
 }
 }  // namespace glm5

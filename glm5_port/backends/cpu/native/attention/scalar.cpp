@@ -150,9 +150,22 @@ void attend_expanded(const ExpandedCall& given) {
                [&](int64_t task) { attend_expanded_head(given, task / call.heads, task % call.heads); });
 }
 
+void multiply_heads(const HeadsCall& call) {
+  parallel_for(call.threads, call.tokens * call.heads, [&](int64_t task) {
+    const int64_t token = task / call.heads, head = task % call.heads;
+    for (int64_t n = 0; n < call.width_out; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < call.width_in; ++k)
+        sum += static_cast<double>(number_at(call.x, call.is_bf16, token * call.token_stride + head * call.head_stride + k)) *
+               number_at(call.weight, call.is_bf16, head * call.weight_head_stride + n * call.weight_row_stride + k);
+      narrow_to(sum, call.y, call.is_bf16, task * call.width_out + n);
+    }
+  });
+}
+
 }  // namespace
 
 namespace scalar {
-const AttentionKernels attention = {attend, attend_expanded};
+const AttentionKernels attention = {attend, attend_expanded, multiply_heads};
 }
 }  // namespace glm5

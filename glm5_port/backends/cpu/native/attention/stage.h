@@ -23,6 +23,13 @@ typename Unit::Numbers load_row(const uint8_t* row, int64_t first, int64_t width
   return Unit::numbers(F32::load(whole));
 }
 
+// The opposite: into a row of `width`, no number beyond its end.
+template <class T>
+void store_row(F32 numbers, T* to, int64_t first, int64_t width) {
+  if (first + F32::width <= width) numbers.store(to + first);
+  else store_first(numbers, to + first, width - first);
+}
+
 constexpr bool has_scales(RowFormat format) { return format == RowFormat::fp8 || format == RowFormat::int8; }
 template <RowFormat format>
 struct Stored;
@@ -119,7 +126,8 @@ void stage(const LatentCache& cache, const LatentRow* rows, int64_t count, float
   }
 }
 
-// Rows of numbers as one panel operand: row r, `row_stride` numbers apart, becomes lane r; zeros beyond `rows` and `width`.
+// Rows of numbers as one panel operand: row r, `row_stride` numbers apart, becomes lane r; zeros beyond `width`, and beyond
+// `rows` as far as vectors reach.
 template <class Unit, class T>
 void pack_panel(const T* numbers, int64_t row_stride, int64_t rows, int64_t width, typename Unit::Word* to) {
   constexpr int64_t depth = Unit::depth, chunk = 16;  // words: a line of each row at a time
@@ -134,7 +142,7 @@ void pack_panel(const T* numbers, int64_t row_stride, int64_t rows, int64_t widt
             word * depth < width ? Unit::word(from + word * depth, width - word * depth) : typename Unit::Word{};
     }
     for (int64_t word = first; word < last; ++word)
-      for (int64_t row = rows; row < panel; ++row) to[word * panel + row] = typename Unit::Word{};
+      for (int64_t row = rows; row < padded(rows); ++row) to[word * panel + row] = typename Unit::Word{};
   }
 }
 

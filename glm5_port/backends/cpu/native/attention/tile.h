@@ -33,6 +33,11 @@ struct FloatUnit {
   static Operand broadcast(Word word) { return {F32::broadcast(word)}; }
   static Operand load(const Word* from) { return {F32::load(from)}; }
   static F32 multiply_add(Operand a, Operand b, F32 sum) { return glm5::multiply_add(a.v, b.v, sum); }
+  // Neighbouring numbers of a row, those of `depth` in each lane.
+  template <class T>
+  static Operand load_row(const T* numbers) {
+    return {load_numbers(numbers)};
+  }
 
   // Word of the numbers of one row that are multiplied in one step.
   static Word word(const float* numbers, int64_t) { return *numbers; }
