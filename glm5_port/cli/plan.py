@@ -168,6 +168,11 @@ def describe(answer: Answer) -> dict[str, Any]:
             }
             for flip in answer.flips
         ],
+        "left_out": {
+            "short_of_memory": answer.dropped.short,
+            "refused_by_engines": answer.dropped.refused,
+            "impossible": answer.dropped.impossible,
+        },
         "figures": {
             name: {"value": figure.value, "source": figure.source, "confidence": figure.confidence}
             for name, figure in asked.topology.chip.figures().items()
@@ -246,6 +251,7 @@ def _print(answer: Answer) -> None:
         print_text(f"\nwhy not {_roles(answer.ranking[1])}: for a request it takes")
         for name, seconds in answer.why[:SHOWN]:
             print_text(f"  {show_seconds(abs(seconds))} {'more' if seconds > 0 else 'less'} in {name}")
+    _print_left_out(answer)
     if answer.flips:
         print_text("\nwhat would change the choice")
         for flip in answer.flips:
@@ -266,6 +272,19 @@ def _print_band(answer: Answer) -> None:
     unsure = [name for name, figure in answer.question.topology.chip.figures().items() if figure.confidence == "unsure"]
     if unsure:
         print_text(f"  figures of the chip without a primary source: {', '.join(unsure)}")
+
+
+def _print_left_out(answer: Answer) -> None:
+    from glm5_port.quant.sizes import show_bytes
+
+    dropped = answer.dropped
+    print_text("\nleft out")
+    for layout, missing in sorted(dropped.short.items(), key=lambda each: each[1])[:SHOWN]:
+        print_text(f"  {layout}: lacks {show_bytes(missing)} a device")
+    if len(dropped.short) > SHOWN:
+        print_text(f"  and {len(dropped.short) - SHOWN} more that lack more memory")
+    for reason, times in sorted(dropped.refused.items(), key=lambda each: -each[1])[:SHOWN]:
+        print_text(f"  {reason} ({times} forms)")
 
 
 def _flip(flip: Flip) -> str:

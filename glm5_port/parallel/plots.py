@@ -8,6 +8,7 @@ from typing import Any
 
 from glm5_port.errors import InputError
 from glm5_port.parallel.planner import Answer, Shortlist, levels_in_use
+from glm5_port.parallel.quantities import show_seconds
 from glm5_port.parallel.search import Candidate
 
 SUFFIXES = (".png", ".svg")
@@ -50,7 +51,7 @@ def _breakdown(pane: Any, answer: Answer) -> None:
             if share > 0.06:
                 pane.text(left + share / 2, place, name.replace(" ", "\n"), ha="center", va="center", fontsize=7)
             left += share
-    pane.set_yticks([0, 1], [f"prompt, {served.prefill.seconds * 1e3:.3g} ms", f"decode, {served.decode.seconds * 1e3:.3g} ms"])
+    pane.set_yticks([0, 1], [f"prompt, {show_seconds(served.prefill.seconds)}", f"decode, {show_seconds(served.decode.seconds)}"])
     pane.set_xlabel("share of the time")
 
 

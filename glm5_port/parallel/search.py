@@ -6,6 +6,7 @@ a prompt and of a decode step are remembered, so that a form costs one addition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from glm5_port.parallel.topology import MESH, Topology
 LARGEST_TENSOR, LARGEST_PIPELINE = 64, 16
 DRAFTS = 3
 """Tokens that the MTP layer drafts where it is used: the setting of every published GLM-5 recipe."""
+LEAST_EXPERTS, LEAST_TOKENS = 8, 128
+"""Experts and tokens of a device at and below which copies of experts do not pay (vllm-ascend's advice on its balancer)."""
 REFINED = 16
 """Meshes of which variants beyond the exchange are tried."""
 
@@ -356,7 +359,8 @@ def refinements(question: Question, layout: Layout) -> Iterator[Layout]:
     """Variants of a mesh beyond its exchange: no drafts, redundant experts, two micro-batches, a shared cache."""
     if layout.drafts and question.pins.drafts is None:
         yield replace(layout, drafts=0)
-    if layout.expert >= 16 and question.config.n_routed_experts / layout.expert > 8:
+    tokens = math.inf if question.concurrency is None else question.concurrency * (1 + layout.drafts) / question.devices
+    if layout.expert >= 16 and question.config.n_routed_experts / layout.expert > LEAST_EXPERTS and tokens >= LEAST_TOKENS:
         yield replace(layout, redundant_experts=layout.redundant_experts + layout.expert)
     if layout.stage_ranks > layout.tensor:
         yield replace(layout, overlap=True)

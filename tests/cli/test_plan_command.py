@@ -28,6 +28,9 @@ def test_two_910b_servers_in_one_call(command_line, tmp_path: Path) -> None:
         "decode step: ",
         "routed experts",
         "why not ",
+        "left out\n  1 x ",
+        " a device\n",
+        "vllm-ascend sends 16 bits in its all_gather exchange (",
         "what would change the choice",
         "cluster links (25 GB/s a device): at ",
         "vllm serve Eco-Tech/GLM-5.1-w4a8",
@@ -50,6 +53,7 @@ def test_json_is_whole_and_alone(command_line, tmp_path: Path) -> None:
     for step in ("prefill", "decode"):
         assert sum(term["seconds"] for term in data[step]["terms"]) == pytest.approx(data[step]["seconds"])
         assert all(term["formula"] and term["source"] for term in data[step]["terms"])
+    assert all(missing > 0 for missing in data["left_out"]["short_of_memory"].values())
     assert {flip["level"] for flip in data["flips"]} == {"node", "cluster"}
     assert data["runs_on"]["vllm-ascend"] == {"can": True, "reasons": []}
     assert data["runs_on"]["vllm"]["can"] is False

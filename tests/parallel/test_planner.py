@@ -57,7 +57,9 @@ def test_vllm_ascend_gathers_in_prefill_and_on_one_a2_node() -> None:
     asked = question("atlas-800-a2", 2, engine="vllm-ascend")
     both_nodes = Layout(data=16, expert=16, exchange=ALL_GATHER)
     found = {(form.exchange, form.prefill_exchange) for form in forms(asked, both_nodes, "mixed", Dropped())}
-    assert found == {(ALL_GATHER, ""), (HIERARCHICAL, ALL_GATHER)}
+    assert found == {(HIERARCHICAL, ALL_GATHER)}
+    split_experts = Layout(data=16, expert_tensor=16, exchange=ALL_GATHER)
+    assert {form.exchange for form in forms(asked, split_experts, "mixed", Dropped())} == {ALL_GATHER}
     two_stages = Layout(data=8, expert=8, pipeline=2, exchange=ALL_GATHER)
     assert {form.exchange for form in forms(asked, two_stages, "decode", Dropped())} == {ALL_GATHER}
 
