@@ -12,7 +12,8 @@ from torch import Tensor
 
 import glm5_port.backends.cpu.extension as extension
 from glm5_port import flags
-from glm5_port.backends.cpu.matmul import panel_shapes
+from glm5_port.backends.cpu.experts import expert_mlp_native
+from glm5_port.backends.cpu.matmul import int4_matmul_native, linear_native, panel_shapes
 from glm5_port.dispatch import Operator
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import expert_mlp_int4, expert_mlp_int4_w4a8, int4_matmul, int8_matmul
@@ -350,3 +351,35 @@ def test_experts_in_floating_point(isa: str, dtype: torch.dtype) -> None:
         hidden, call = random(tokens, 72, dtype=dtype), routing(tokens, 3, 5)
         gold = expert_mlp.reference(hidden.double(), call[0].double(), call[1], gate_up.double(), down.double())
         assert error(compute(hidden, *call, gate_up, down), gold) < (2e-6 if dtype == torch.float32 else 6e-3)
+
+
+# -- the tile unit, emulated ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("avx512_bf16" not in HERE, reason="NOT TESTED: the emulated tile unit is compiled for AVX-512 BF16")
+@pytest.mark.parametrize(("outputs", "width"), [(16, 32), (130, 96), (65, 1120)])
+def test_the_kernels_of_amx_over_an_emulated_tile_unit(outputs: int, width: int) -> None:
+    """The source that AMX runs, where the unit is plain C++. No machine with AMX has run it."""
+    tiles = extension.kernels().emulated_tiles
+    packed, scales = weight(outputs, width)
+    implementation = int4_matmul.implementations["cpu/amx"]
+    assert implementation.prepare is not None
+    preparation = implementation.prepare({"group_size": 32})
+    preparation.add(None, {"packed": packed, "scales": scales})
+    prepared, run_int4, run_linear = preparation.finish(), int4_matmul_native(tiles), linear_native(tiles)
+    x, matrix = random(150, width, dtype=torch.bfloat16), random(outputs, width, seed=7, dtype=torch.bfloat16)
+    y, z = run_int4(x, group_size=32, **prepared), run_linear(x, matrix)
+    assert error(y, int4_matmul.reference(x.double(), packed, scales, group_size=32)) < 4e-3
+    assert error(z, linear.reference(x.double(), matrix.double())) < 4e-3
+    for rows in (0, 1, 15, 16, 17, 49, 66):
+        assert torch.equal(run_int4(x[:rows], group_size=32, **prepared), y[:rows])
+        assert torch.equal(run_linear(x[:rows], matrix), z[:rows])
+
+
+@pytest.mark.skipif("avx512_bf16" not in HERE, reason="NOT TESTED: the emulated tile unit is compiled for AVX-512 BF16")
+def test_experts_over_an_emulated_tile_unit() -> None:
+    gate_up, down = random(5, 80, 72, seed=8, dtype=torch.bfloat16) / 8, random(5, 72, 40, seed=9, dtype=torch.bfloat16) / 6
+    compute = expert_mlp_native(extension.kernels().emulated_tiles)
+    hidden, call = random(60, 72, dtype=torch.bfloat16), routing(60, 3, 5)
+    gold = expert_mlp.reference(hidden.double(), call[0].double(), call[1], gate_up.double(), down.double())
+    assert error(compute(hidden, *call, gate_up, down), gold) < 6e-3

@@ -9,6 +9,7 @@ namespace {
 struct PairTile {
   using Packed = bf16;
   using Decoded = bf16;
+  static constexpr bool by_tiles = false;
   static constexpr int64_t chunk_units = 16, unit_steps = 4, direct_rows = 4;
   static constexpr int tile_rows = 6;
   static constexpr int quads = 4;  // vectors of a step: eight inputs of each of four outputs

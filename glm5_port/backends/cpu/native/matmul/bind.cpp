@@ -16,6 +16,15 @@ void advise_huge_pages(Address address, int64_t bytes) {
 #endif
 }
 
+constexpr int emulated_tiles = isa_count;  // beside the instruction sets, for tests
+
+const MatmulKernels& kernels_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == emulated_tiles) return avx512_bf16::matmul_by_emulated_tiles;
+#endif
+  return matmul_for(static_cast<Isa>(isa));
+}
+
 Int4Weight int4_weight(Address codes, Address scales, int64_t rows, int64_t width, int64_t group) {
   return {{rows, width, group == per_channel ? width : group}, at<uint8_t>(codes), at<bf16>(scales)};
 }
@@ -46,7 +55,7 @@ void int4_experts(int isa, bool int8_activations, Address hidden, bool is_bf16, 
   gate.expert_scales = up.expert_scales = 2 * half_scales;
   down.expert_codes = down.panels() * down.units() * unit_bytes;
   down.expert_scales = down.panels() * down.groups() * panel_rows;
-  const MatmulKernels& kernels = matmul_for(static_cast<Isa>(isa));
+  const MatmulKernels& kernels = kernels_of(isa);
   (int8_activations ? kernels.int4_int8_experts : kernels.int4_experts)({at<void>(hidden), is_bf16, tokens, stride, at<float>(route_weights),
                                                                          at<int32_t>(ids), choices, experts, gate, up, down, at<void>(y),
                                                                          threads});
@@ -61,7 +70,7 @@ void dense_experts(int isa, Address hidden, bool is_bf16, int64_t tokens, int64_
   up.data += between * up.row_bytes;
   gate.expert_bytes = up.expert_bytes = gate_up_expert * gate.element_bytes;
   down_weight.expert_bytes = down_expert * gate.element_bytes;
-  matmul_for(static_cast<Isa>(isa))
+  kernels_of(isa)
       .dense_experts({at<void>(hidden), is_bf16, tokens, stride, at<float>(route_weights), at<int32_t>(ids), choices, experts, gate, up,
                       down_weight, at<void>(y), threads});
 }
@@ -69,6 +78,7 @@ void dense_experts(int isa, Address hidden, bool is_bf16, int64_t tokens, int64_
 }  // namespace
 
 void bind_matmul(nanobind::module_& module) {
+  module.attr("emulated_tiles") = emulated_tiles;
   module.def("advise_huge_pages", advise_huge_pages);
   module.def("prepare_int4", prepare_int4, released());
   module.def("int4_experts", int4_experts, released());
@@ -78,7 +88,7 @@ void bind_matmul(nanobind::module_& module) {
       [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address codes, Address scales, int64_t outputs, int64_t width,
          int64_t group, Address y, int threads) {
         const Int4Weight weight = int4_weight(codes, scales, outputs, width, group);
-        matmul_for(static_cast<Isa>(isa)).int4_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
+        kernels_of(isa).int4_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
       },
       released());
   module.def(
@@ -86,7 +96,7 @@ void bind_matmul(nanobind::module_& module) {
       [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address codes, int64_t row_bytes, Address scales, int64_t outputs,
          int64_t width, Address y, int threads) {
         const Int8Weight weight = {{outputs, width, width}, at<int8_t>(codes), row_bytes, at<float>(scales)};
-        matmul_for(static_cast<Isa>(isa)).int8_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
+        kernels_of(isa).int8_matmul({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
       },
       released());
   module.def(
@@ -94,7 +104,7 @@ void bind_matmul(nanobind::module_& module) {
       [](int isa, Address x, bool is_bf16, int64_t rows, int64_t stride, Address data, int64_t row_stride, int64_t outputs, int64_t width,
          Address y, int threads) {
         const DenseWeight weight = dense_weight(data, is_bf16, outputs, width, row_stride);
-        matmul_for(static_cast<Isa>(isa)).linear({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
+        kernels_of(isa).linear({at<void>(x), is_bf16, rows, stride, weight, at<void>(y), threads});
       },
       released());
 }

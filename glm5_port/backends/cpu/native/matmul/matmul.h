@@ -45,4 +45,9 @@ struct MatmulKernels {
 };
 GLM5_MATRIX_KERNELS(MatmulKernels, matmul)
 
+#if defined(__x86_64__)
+// The kernels of AMX with the tile unit emulated, to test them where there is none.
+namespace avx512_bf16 { extern const MatmulKernels matmul_by_emulated_tiles; }
+#endif
+
 }  // namespace glm5

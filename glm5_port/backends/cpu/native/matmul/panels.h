@@ -7,6 +7,8 @@
 //     tile<rows>    adds their products with some rows to sums that are kept four to an output
 //     direct<rows>  both at once for a few rows, or direct_rows = 0
 //
+// or, where by_tiles is true, its own `multiply` in place of tile and direct.
+//
 // Every sum of an output is taken in the same order by tile and direct and for any number of rows: a row alone has the bits that
 // it has in a batch. Weights are decoded in pieces that stay in the first-level cache, never as a whole.
 #pragma once
@@ -56,6 +58,7 @@ inline void finish(const float* partial, float* sums) {
 template <class Kernel, class Weight>
 void multiply(const Weight& weight, int64_t panel, int64_t panels, const typename Kernel::Packed* const* x, int64_t count, float* sums,
               int64_t stride) {
+  if constexpr (Kernel::by_tiles) return Kernel::multiply(weight, panel, panels, x, count, sums, stride);
   const Buffer<float> partial(panels * count * panel_sums);
   if (count <= Kernel::direct_rows) {
     for (int64_t p = 0; p < panels; ++p) {
