@@ -60,8 +60,8 @@ def test_vllm_ascend_gathers_in_prefill_and_on_one_a2_node() -> None:
     assert found == {(HIERARCHICAL, ALL_GATHER)}
     split_experts = Layout(data=16, expert_tensor=16, exchange=ALL_GATHER)
     assert {form.exchange for form in forms(asked, split_experts, "mixed", Dropped())} == {ALL_GATHER}
-    two_stages = Layout(data=8, expert=8, pipeline=2, exchange=ALL_GATHER)
-    assert {form.exchange for form in forms(asked, two_stages, "decode", Dropped())} == {ALL_GATHER}
+    one_node = Layout(data=8, expert=8, exchange=ALL_GATHER)
+    assert {form.exchange for form in forms(asked, one_node, "decode", Dropped())} == {ALL_GATHER}
 
 
 def test_pcie_takes_pipeline_or_gathers_in_8_bits() -> None:
