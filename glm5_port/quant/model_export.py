@@ -136,7 +136,7 @@ def _options(specs: Mapping[str, TensorSpec], tensors: Sequence[PlannedTensor], 
     """The options with which an export would choose the same weights: manifest and `verify` know a choice by them."""
     projections = [tensor for tensor in tensors if specs[tensor.name].kind == PROJECTION]
     experts = [tensor for tensor in projections if tensor.component == ROUTED_EXPERTS]
-    mtp = INT4 if any(tensor.mtp and tensor.action == INT4 for tensor in experts) else BF16
+    mtp = INT4 if any(tensor.mtp and tensor.action == INT4 for tensor in projections) else BF16
     chosen = {tensor.name for tensor in experts if mtp == INT4 or not tensor.mtp}
     quantized = {tensor.name for tensor in projections if tensor.action == INT4}
     names = [tensor.name for tensor in projections]
