@@ -214,7 +214,7 @@ TEST(attention_widths) {
   }
 }
 
-TEST(attention_heads) {
+TEST(attention_numbers_of_heads) {
   std::mt19937 random(2);
   for (const RowFormat format : {RowFormat::float32, RowFormat::bfloat16})
     for (const int64_t heads : {1, 5, 6, 7, 15, 17, 31, 32, 33, 49, 64, 65, 70})
@@ -286,6 +286,41 @@ TEST(attention_nothing) {
     }
   }
 }
+
+// Whole numbers: every instruction set must compute the same ones.
+template <class T>
+void multiply_heads(int64_t tokens, int64_t heads, int64_t width_in, int64_t width_out, std::mt19937& random) {
+  const int64_t gap = tokens % 3, head_stride = width_in + gap, token_stride = heads * head_stride + gap, row_stride = width_in + width_out % 3;
+  const int64_t weight_stride = width_out * row_stride + 1;
+  const Exact<T> x(extent(tokens, token_stride, extent(heads, head_stride, width_in)), gap);
+  const Exact<T> weight(extent(heads, weight_stride, extent(width_out, row_stride, width_in)), 1);
+  fill_whole(x, random, 3), fill_whole(weight, random, 3);
+  const auto multiplied = [&](Isa isa, int threads) {
+    Exact<T> y(tokens * heads * width_out);
+    attention_for(isa).multiply_heads({x.data(), token_stride, head_stride, sizeof(T) == 2, tokens, heads, width_in, width_out, weight.data(),
+                                       weight_stride, row_stride, y.data(), threads});
+    return y;
+  };
+  const Exact<T> expected = multiplied(Isa::scalar, 2);
+  for (const Isa isa : usable_isas()) {
+    for (const int threads : {1, 3}) {
+      const Exact<T> y = multiplied(isa, threads);
+      for (int64_t i = 0; i < y.size(); ++i) CHECK(widen(y[i]) == widen(expected[i]));
+    }
+  }
+}
+
+template <class T>
+void multiply_heads_everywhere() {
+  std::mt19937 random(11);
+  for (const int64_t width_in : {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130}) multiply_heads<T>(3, 2, width_in, 7, random);
+  for (const int64_t width_out : {1, 2, 3, 4, 5, 6, 7, 11, 47, 48, 49, 100}) multiply_heads<T>(2, 3, 20, width_out, random);
+  for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 257}) multiply_heads<T>(tokens, 2, 33, 8, random);
+  multiply_heads<T>(3, 1, 4099, 7, random);  // more numbers than a span has
+}
+
+TEST(attention_heads_bf16) { multiply_heads_everywhere<bf16>(); }
+TEST(attention_heads_float) { multiply_heads_everywhere<float>(); }
 
 // With scale 0 every visible row counts the same: the result is the mean of their positions.
 TEST(attention_meaning) {
