@@ -1,4 +1,4 @@
-"""Native sparse_mla_attention, mla_attention_absorbed, mla_attention_expanded and attention_output.
+"""Native sparse_mla_attention, mla_attention_absorbed, mla_attention_expanded, attention_output and linear_per_head.
 
 Shape legend: T tokens; H heads; C latent; R rope; K indices a token, or numbers of a row; N nope part of a head, or results of a
 row; V value part; W width of a field.
@@ -6,7 +6,7 @@ row; V value part; W width of a field.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, threads
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout
+from glm5_port.operators.linear import linear_per_head
 from glm5_port.operators.mla import attention_output, check_output, mla_attention_absorbed, mla_attention_expanded
 from glm5_port.operators.sparse_attention import check_attention, check_indices, sparse_mla_attention
 
@@ -218,5 +219,34 @@ def attention_output_native(isa: int) -> Callable[..., Tensor]:
         check_output(latent_out, w_uv, o)
         value_THV = _multiply_heads(isa, latent_out, w_uv)
         return _multiply_heads(isa, value_THV.flatten(1).unsqueeze(1), o.unsqueeze(0)).squeeze(1)
+
+    return run
+
+
+class DenseHeads:
+    """The matrices of all heads with the numbers of each row side by side: the transposed half of kv_b_proj is copied once."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._weight: Tensor | None = None
+
+    def add(self, part: int | None, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the weight; `part` is None."""
+        self._weight = _dense_rows(tensors["weight"], tensors["weight"].dtype)
+
+    def finish(self) -> dict[str, Tensor | int]:
+        """The keyword argument of the kernel."""
+        if self._weight is None:
+            raise InputError("linear_per_head on cpu: the weight never arrived")
+        return {"dense_weight": self._weight}
+
+
+def _fake_per_head(x: Tensor, *, dense_weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], dense_weight.shape[1]))
+
+
+@native(linear_per_head, isas=ISAS, prepare=DenseHeads, fake=_fake_per_head)
+def linear_per_head_native(isa: int) -> Callable[..., Tensor]:
+    def run(x: Tensor, *, dense_weight: Tensor) -> Tensor:
+        return _multiply_heads(isa, x, dense_weight)
 
     return run

@@ -1,4 +1,4 @@
-"""Native int4_quantize and int4_quantize_measured.
+"""Native int4_quantize, int4_quantize_measured and int4_dequantize.
 
 Shape legend: R rows; I inputs of a row; g weights of a group.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5_port.backends.cpu.extension import kernels, native, rows_of, threads
-from glm5_port.operators.int4 import int4_quantize
+from glm5_port.operators.int4 import check_int4, int4_dequantize, int4_quantize
 from glm5_port.operators.int4_measured import STATISTICS, int4_quantize_measured
 from glm5_port.quant.int4 import groups_of
 from glm5_port.quant.packing import CODES_PER_WORD
@@ -55,5 +55,29 @@ def int4_quantize_measured_native(isa: int) -> Callable[..., tuple[Tensor, Tenso
     def run(weight: Tensor, *, group_size: int, rule: str) -> tuple[Tensor, Tensor, Tensor]:
         statistics = torch.empty((*weight.shape[:-1], len(STATISTICS)), dtype=torch.float32)
         return *_quantize(isa, weight, group_size, statistics), statistics
+
+    return run
+
+
+@native(int4_dequantize)
+def int4_dequantize_native(isa: int) -> Callable[..., Tensor]:
+    def run(packed: Tensor, scales: Tensor, *, group_size: int) -> Tensor:
+        check_int4("int4_dequantize", packed, scales, group_size)
+        width = packed.shape[-1] * CODES_PER_WORD
+        values = torch.empty((*packed.shape[:-1], width), dtype=torch.bfloat16)
+        rows_RW, scales_RG = rows_of(packed), rows_of(scales.to(torch.bfloat16))
+        kernels().int4_dequantize(
+            isa,
+            rows_RW.data_ptr(),
+            rows_RW.stride(0),
+            scales_RG.data_ptr(),
+            scales_RG.stride(0),
+            rows_RW.shape[0],
+            width,
+            groups_of(width, group_size)[1],
+            values.data_ptr(),
+            threads(),
+        )
+        return values
 
     return run

@@ -37,8 +37,20 @@ struct QuantizeCall {
   int threads;
 };
 
+// value = bf16(q * s).
+struct DequantizeCall {
+  const uint32_t* packed;  // [rows, width / 8], rows `packed_stride` words apart
+  int64_t packed_stride;
+  const bf16* scales;      // [rows, width / group], rows `scale_stride` apart
+  int64_t scale_stride;
+  int64_t rows, width, group;
+  bf16* values;            // [rows, width]
+  int threads;
+};
+
 struct QuantizeKernels {
   void (*int4_quantize)(const QuantizeCall& call);
+  void (*int4_dequantize)(const DequantizeCall& call);
 };
 GLM5_KERNELS(QuantizeKernels, quantize)
 

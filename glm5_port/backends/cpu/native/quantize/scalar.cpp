@@ -57,9 +57,19 @@ void int4_quantize(const QuantizeCall& call) {
   });
 }
 
+void int4_dequantize(const DequantizeCall& call) {
+  parallel_for(call.threads, call.rows, [&](int64_t row) {
+    for (int64_t i = 0; i < call.width; ++i) {
+      const int code = static_cast<int>(call.packed[row * call.packed_stride + i / 8] >> (4 * (i % 8)) & 15) - 8;
+      const float scale = widen(call.scales[row * call.scale_stride + i / call.group]);
+      call.values[row * call.width + i] = round_to_bf16(code * scale);
+    }
+  });
+}
+
 }  // namespace
 
 namespace scalar {
-const QuantizeKernels quantize = {int4_quantize};
+const QuantizeKernels quantize = {int4_quantize, int4_dequantize};
 }
 }  // namespace glm5

@@ -212,9 +212,39 @@ void int4_quantize(const QuantizeCall& call) {
   });
 }
 
+void dequantize_row(const DequantizeCall& call, int64_t row) {
+  const uint32_t* words = call.packed + row * call.packed_stride;
+  const bf16* scales = call.scales + row * call.scale_stride;
+  bf16* values = call.values + row * call.width;
+  int8_t codes[F32::width] = {};
+  for (int64_t group = 0; group < call.width / call.group; ++group) {
+    const F32 scale = F32::broadcast(widen(scales[group]));
+    for (int64_t left = call.group; left > 0; left -= F32::width, values += F32::width) {
+      for (int64_t i = 0; i < smaller(left, F32::width); i += 8) {
+        const uint64_t bytes = _pdep_u64(*words++, 0x0F0F0F0F0F0F0F0F);
+        std::memcpy(codes + i, &bytes, 8);
+      }
+      const F32 product = to_float(I32::load(codes) - I32::broadcast(8)) * scale;
+      if (left >= F32::width) {
+        product.store(values);
+      } else {
+        store_first(product, values, left);
+        values += left - F32::width;
+      }
+    }
+  }
+}
+
+void int4_dequantize(const DequantizeCall& call) {
+  parallel_for(call.threads, blocks_of(call.rows, rows_of_block), [&](int64_t block) {
+    const int64_t first = block * rows_of_block, last = smaller(first + rows_of_block, call.rows);
+    for (int64_t row = first; row < last; ++row) dequantize_row(call, row);
+  });
+}
+
 }  // namespace
 
 namespace GLM5_ISA {
-const QuantizeKernels quantize = {int4_quantize};
+const QuantizeKernels quantize = {int4_quantize, int4_dequantize};
 }
 }  // namespace glm5
