@@ -7,8 +7,9 @@ a prompt and of a decode step are remembered, so that a form costs one addition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from glm5_port.config import Glm5Config
@@ -276,24 +277,32 @@ def best_mixed(question: Question, prices: Prices, mesh: Mesh, dropped: Dropped)
     room = memory.sequences(question.context) * mesh.layout.data * mesh.replicas
     best: Candidate | None = None
     for form in forms(question, mesh.layout, MIXED, dropped):
-        for concurrency in _concurrencies(question, room):
-            served = serve_mixed(prices, form, mesh.replicas, concurrency)
-            if not question.meets(served):
-                dropped.miss(form, served)
-                break  # more requests are slower still
-            if best is None or served.output_rate > best.served.output_rate:
-                best = Candidate((Role(name=MIXED, layout=form, replicas=mesh.replicas),), served, (memory,))
+        served = _most(question, room, partial(serve_mixed, prices, form, mesh.replicas))
+        if not question.meets(served):
+            dropped.miss(form, served)
+        elif best is None or served.output_rate > best.served.output_rate:
+            best = Candidate((Role(name=MIXED, layout=form, replicas=mesh.replicas),), served, (memory,))
     return best
 
 
-def _concurrencies(question: Question, room: int) -> list[int]:
-    """The one that was asked for, or as many as fit; with targets, doubling up to as many as fit."""
+def _most(question: Question, room: int, serve: Callable[[int], Served]) -> Served:
+    """What is delivered at the concurrency that was asked for, or as many as fit.
+
+    With targets, at the largest power of two (or as many as fit) that meets them; bisection finds it, as more requests are never
+    faster. One request where nothing meets them.
+    """
     if question.concurrency is not None:
-        return [min(question.concurrency, room)]
-    steps = [1]
-    while steps[-1] * 2 <= room:
-        steps.append(steps[-1] * 2)
-    return steps if steps[-1] == room else [*steps, room]
+        return serve(min(question.concurrency, room))
+    steps = [2**power for power in range(room.bit_length())]
+    steps += [room] if steps[-1] < room else []
+    meeting, missing = 0, len(steps)
+    while missing - meeting > 1:
+        middle = (meeting + missing) // 2
+        if question.meets(serve(steps[middle])):
+            meeting = middle
+        else:
+            missing = middle
+    return serve(steps[meeting])
 
 
 class PrefillOption(NamedTuple):
@@ -344,14 +353,12 @@ def best_split(
     for form in forms(question, mesh.layout, DECODE, dropped):
         for option in options:
             layouts, replicas = (option.role.layout, form), (option.role.replicas, mesh.replicas)
-            for concurrency in _concurrencies(question, room):
-                served = serve_split(prices, layouts, replicas, concurrency)
-                if not question.meets(served):
-                    dropped.miss(form, served)
-                    break
-                if best is None or served.output_rate > best.served.output_rate:
-                    roles = (option.role, Role(name=DECODE, layout=form, replicas=mesh.replicas))
-                    best = Candidate(roles, served, (option.memory, memory))
+            served = _most(question, room, partial(serve_split, prices, layouts, replicas))
+            if not question.meets(served):
+                dropped.miss(form, served)
+            elif best is None or served.output_rate > best.served.output_rate:
+                roles = (option.role, Role(name=DECODE, layout=form, replicas=mesh.replicas))
+                best = Candidate(roles, served, (option.memory, memory))
     return best
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from glm5_port.config import Glm5Config
@@ -221,10 +222,16 @@ def cache_transfer(prices: Prices, layout: Layout) -> float:
 
     Source: Mooncake and vllm-ascend send layer by layer; what overlaps with the prompt is not subtracted.
     """
-    level, stages = prices.topology.levels[-1], range(layout.pipeline)
-    row = sum(rank_cache_bytes_per_token(prices.config, prices.kv_format, layout, stage) for stage in stages)
+    level = prices.topology.levels[-1]
+    row = _row_of_all_stages(prices.config, prices.kv_format, layout)
     ranks = layout.tensor * layout.context * layout.pipeline
     return level.latency + prices.work.input_tokens * row / ranks / level.rate(2, "send")
+
+
+@lru_cache(maxsize=4096)
+def _row_of_all_stages(config: Glm5Config, kv_format: str, layout: Layout) -> int:
+    """Bytes of a token in the caches of all stages."""
+    return sum(rank_cache_bytes_per_token(config, kv_format, layout, stage) for stage in range(layout.pipeline))
 
 
 def serve_split(prices: Prices, layouts: tuple[Layout, Layout], replicas: tuple[int, int], concurrency: int) -> Served:
