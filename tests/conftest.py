@@ -41,8 +41,8 @@ def set_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def canonical_weights(set_flags: Callable[..., None]) -> None:
-    """INT4 operators run portable implementations, which take weights as they are stored."""
-    operators = ("INT4_MATMUL", "EXPERT_MLP_INT4", "EXPERT_MLP_INT4_W4A8")
+    """Operators whose weights are INT4, or go with them, run portable implementations, which take weights as they are stored."""
+    operators = ("INT4_MATMUL", "EXPERT_MLP_INT4", "EXPERT_MLP_INT4_W4A8", "LINEAR_PER_HEAD")
     set_flags(**{f"{flags.OPERATOR_PREFIX}{operator}": registry.PORTABLE for operator in operators})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -364,7 +365,7 @@ def test_asking_for_a_broken_plugin_gives_its_reason(installed_plugins):
 
 def test_plugins_flag(installed_plugins, set_flags):
     set_flags(GLM5_PORT_PLUGINS="none")
-    assert registry.OPERATORS["rms_norm"].select(**NORM_FACTS).chosen.id == "torch/eager"
+    assert registry.OPERATORS["rms_norm"].select(**NORM_FACTS).chosen.backend in ("cpu", "torch")
     assert "absent" not in registry.BACKENDS
 
 
@@ -437,7 +438,7 @@ def test_ranks_that_differ_stop_and_no_vendor_package_is_imported(tmp_path):
     assert len(mismatches) == 2
     for text in mismatches:
         assert text.startswith("ranks chose differently for rms_norm (device_type=cpu")
-        assert "rank 0: torch/eager\n  rank 1: cpu/mine" in text
+        assert re.search(r"rank 0: (torch/eager|cpu/avx\w+)\n  rank 1: cpu/mine", text)
     assert vendors == []
 
 

@@ -43,7 +43,7 @@ def test_matrix_closes_the_run(run):
     assert outcomes["passed"] == 3 + len(usable_backends())
     assert outcomes["skipped"] == len(BACKENDS) - len(usable_backends())
     result.stdout.fnmatch_lines(
-        ["*parity: operator x backend*", "*rms_norm * passed by torch*passed*", "*expert_mlp*NO TEST*", "NOT TESTED HERE: npu (*"]
+        ["*parity: operator x backend*", "*rms_norm *passed*", "*expert_mlp*NO TEST*", "NOT TESTED HERE: npu (*"]
     )
 
 
@@ -101,7 +101,7 @@ def test_items_are_few_and_complete():
     assert len({item.id for item in found}) == len(found)
     ours = [item for item in found if item.implementation.operator is rms_norm and item.backend == "cpu"]
     assert {(str(item.dtype), item.width) for item in ours} >= {("torch.float32", False), ("torch.bfloat16", True)}
-    assert len(found) < 300
+    assert len(found) < 1500
 
 
 def test_matrix_is_whole_under_xdist(pytester, run):

@@ -20,6 +20,17 @@ from glm5_port.testing.cases import WIDTH, load_suites
 NAMES = ["rms_norm", "write_cache", "select_top_k"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def portable_only():
+    """A CPU without kernels of its own: what is recorded and shown here is that of portable implementations."""
+    before = {name: dict(operator.implementations) for name, operator in OPERATORS.items()}
+    for operator in OPERATORS.values():
+        operator.implementations = {key: each for key, each in operator.implementations.items() if each.backend != "cpu"}
+    yield
+    for name, implementations in before.items():
+        OPERATORS[name].implementations = implementations
+
+
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
     path = tmp_path_factory.mktemp("parity") / "cpu.npz"
