@@ -111,8 +111,8 @@ def _agreement(say: Any, directory: Path) -> dict[str, Any]:
 def _parity(say: Any, *, show: bool) -> dict[str, Any]:
     from glm5_port.cli.parity import print_report, run_parity
 
-    say("3. Parity: every implementation against the float64 gold (small cases; glm5-port parity runs all)\n")
-    report = run_parity(small=True)
+    say("3. Parity: every implementation against the float64 gold (small cases in bfloat16; glm5-port parity runs all)\n")
+    report = run_parity(small=True, dtype="bfloat16")
     if show:
         print_report(report)
     return {key: report[key] for key in ("backend", "passed", "failed", "declined", "unavailable", "summary", "matrix")}
@@ -135,7 +135,7 @@ def _where_next(keep: Path | None) -> None:
         (f'glm5-port generate {checkpoint} --prompt "import"', f"run it ({hint})"),
         (f"glm5-port export {checkpoint} OUT --dry-run", "what it is in INT4: files, bytes, and whether the disk has room"),
         ("glm5-port explain sparse_mla_attention --as npu", "what would run on a chip that is not here"),
-        ("glm5-port parity", "all parity cases, GLM-5 widths too"),
+        ("glm5-port parity", "all parity cases, every dtype, GLM-5 widths too"),
         ("docs/qat.md, docs/export.md", "train aware of INT4, and ship it"),
         ("docs/adding-a-backend.md", "bring your own chip"),
     ]
