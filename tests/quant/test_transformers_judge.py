@@ -114,7 +114,7 @@ def test_logits_with_decoded_weights_in_float32(exported: Exported) -> None:
 
 @pytest.mark.parametrize("exported", ["trained"], indirect=True)
 def test_bfloat16_logits_where_index_topk_covers_the_context(exported: Exported) -> None:
-    """Two ways of rounding differ by no more than twice what rounding costs. Over many texts, because a single token that rounding
+    """Two ways of rounding differ by no more than twice what rounding costs. Over many texts, because one token that rounding
     sends to another expert outweighs a window. Of random weights the routers tie so often that even the sum says nothing."""
     text, length = list((ROOT / "LICENSE").read_bytes()), exported.config["index_topk"]
     tokens = torch.tensor([text[start : start + length] for start in range(0, len(text) - length, 10 * length)])
