@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from glm5_port import dispatch, flags, registry, requests
+from tests.portable import without_native_kernels
 
 _numbers = itertools.count()
 
@@ -44,6 +45,13 @@ def canonical_weights(set_flags: Callable[..., None]) -> None:
     """Operators whose weights are INT4, or go with them, run portable implementations, which take weights as they are stored."""
     operators = ("INT4_MATMUL", "EXPERT_MLP_INT4", "EXPERT_MLP_INT4_W4A8", "LINEAR_PER_HEAD")
     set_flags(**{f"{flags.OPERATOR_PREFIX}{operator}": registry.PORTABLE for operator in operators})
+
+
+@pytest.fixture
+def portable_only() -> Iterator[None]:
+    """What is chosen and shown is that of portable implementations."""
+    with without_native_kernels():
+        yield
 
 
 @pytest.fixture

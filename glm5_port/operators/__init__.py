@@ -5,7 +5,6 @@ linear            linear, linear_per_head, gated_mlp
 moe               route_experts, expert_mlp
 int4              int4_quantize, int4_dequantize, int4_matmul, int8_matmul, expert_mlp_int4, expert_mlp_int4_w4a8
 int4_measured     int4_quantize_measured
-int4_measured     int4_quantize_measured
 rope              rotate, and the plain function rotary_angles
 indexer           indexer_prologue, indexer_scores, select_top_k, lightning_indexer
 cache             write_cache, CacheLayout; the built-in layouts are in cache_layouts
@@ -25,7 +24,6 @@ from glm5_port.operators.int4 import (
     int4_quantize,
     int8_matmul,
 )
-from glm5_port.operators.int4_measured import int4_quantize_measured
 from glm5_port.operators.int4_measured import int4_quantize_measured
 from glm5_port.operators.linear import gated_mlp, linear, linear_per_head
 from glm5_port.operators.mla import (
@@ -53,7 +51,6 @@ __all__ = [
     "int4_dequantize",
     "int4_matmul",
     "int4_quantize",
-    "int4_quantize_measured",
     "int4_quantize_measured",
     "int8_matmul",
     "lightning_indexer",

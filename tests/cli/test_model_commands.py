@@ -40,7 +40,7 @@ def generate(command_line: Any, checkpoint: Path, *arguments: str, **flags: str)
     return json.loads(done.out)
 
 
-def test_generate_is_what_python_gives(command_line, checkpoint: Path) -> None:
+def test_generate_is_what_python_gives(command_line, checkpoint: Path, portable_only: None) -> None:
     import glm5_port
 
     report = generate(command_line, checkpoint)
@@ -72,7 +72,7 @@ def test_mtp_and_ids_give_the_same_tokens(command_line, checkpoint: Path) -> Non
     assert done.out.strip() == ",".join(map(str, plain["new_ids"]))
 
 
-def test_text_streams_and_decisions_follow(command_line, checkpoint: Path, tmp_path: Path) -> None:
+def test_text_streams_and_decisions_follow(command_line, checkpoint: Path, tmp_path: Path, portable_only: None) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
     done = command_line(
         "generate", str(checkpoint), "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "8", "--decisions"
@@ -129,7 +129,7 @@ def test_bisect_finds_nothing_in_what_is_right(command_line, checkpoint: Path) -
     assert report["calls"] > 100
 
 
-def test_bisect_names_what_is_wrong(command_line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bisect_names_what_is_wrong(command_line, monkeypatch: pytest.MonkeyPatch, portable_only: None) -> None:
     from glm5_port.operators import gated_mlp
 
     right = gated_mlp.implementations["torch/eager"].function
@@ -178,7 +178,7 @@ def test_bench_refuses_a_chunk_longer_than_the_context(command_line) -> None:
     assert (done.code, done.out) == (2, "")
 
 
-def test_evidence_says_what_is_stale(command_line, tmp_path: Path) -> None:
+def test_evidence_says_what_is_stale(command_line, tmp_path: Path, portable_only: None) -> None:
     assert command_line("parity", "--small", "--operator", "rms_norm", "--evidence", str(tmp_path)).code == 0
     fresh = json.loads(command_line("evidence", str(tmp_path), "--json").out)
     assert fresh["stale"] == []

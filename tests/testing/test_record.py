@@ -16,6 +16,7 @@ from glm5_port.operators import rms_norm
 from glm5_port.registry import BACKENDS, OPERATORS
 from glm5_port.testing import evidence, parity, record, report
 from glm5_port.testing.cases import WIDTH, load_suites
+from tests.portable import without_native_kernels
 
 NAMES = ["rms_norm", "write_cache", "select_top_k"]
 
@@ -23,12 +24,8 @@ NAMES = ["rms_norm", "write_cache", "select_top_k"]
 @pytest.fixture(scope="module", autouse=True)
 def portable_only():
     """A CPU without kernels of its own: what is recorded and shown here is that of portable implementations."""
-    before = {name: dict(operator.implementations) for name, operator in OPERATORS.items()}
-    for operator in OPERATORS.values():
-        operator.implementations = {key: each for key, each in operator.implementations.items() if each.backend != "cpu"}
-    yield
-    for name, implementations in before.items():
-        OPERATORS[name].implementations = implementations
+    with without_native_kernels():
+        yield
 
 
 @pytest.fixture(scope="module")
