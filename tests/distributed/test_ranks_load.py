@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,5 +56,5 @@ def test_ranks_with_different_pins_stop(tmp_path: Path) -> None:
         assert same[2] == 40
         text, read, _ = different
         assert text.startswith("ranks chose differently for gated_mlp (device_type=cpu, dtype=float32")
-        assert "rank 0: torch/eager\n  rank 1: reference" in text
+        assert re.search(r"rank 0: (torch/eager|cpu/\w+)\n  rank 1: reference", text)
         assert read == 0, "no weight was read"
