@@ -49,17 +49,16 @@ int64_t multiply_bytes(int64_t repeats, int threads) { return multiply_tiles<tru
 
 #else
 
-int64_t multiply_pairs(int64_t repeats, int threads) {
-  const __m512i ones = _mm512_set1_epi16(0x3F80);
-  return repeat(repeats, threads, 32, _mm512_setzero_ps(), [&](__m512 sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)ones, (__m512bh)ones);
-  });
-}
+struct PairProduct {
+  using Sum = __m512;
+  static constexpr int64_t products = 32;
+  __m512i ones = _mm512_set1_epi16(0x3F80);
+  Sum start() const { return _mm512_setzero_ps(); }
+  Sum add(Sum sum) const { return _mm512_dpbf16_ps(sum, (__m512bh)ones, (__m512bh)ones); }
+};
 
-int64_t multiply_bytes(int64_t repeats, int threads) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  return repeat(repeats, threads, 64, ones, [&](__m512i sum) { return _mm512_dpbusd_epi32(sum, ones, ones); });
-}
+int64_t multiply_pairs(int64_t repeats, int threads) { return repeat(repeats, threads, PairProduct{}); }
+int64_t multiply_bytes(int64_t repeats, int threads) { return repeat(repeats, threads, ByteProduct{}); }
 
 #endif
 
