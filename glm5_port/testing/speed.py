@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from glm5_port.registry import Implementation
-from glm5_port.testing.calls import call_with_prepared, to_device
+from glm5_port.testing.calls import prepared_arguments, to_device
 from glm5_port.testing.cases import WIDTH, Make
 from glm5_port.testing.parity import run
 from glm5_port.testing.workloads import Workload
@@ -121,7 +121,7 @@ def time_workload(
     machine: Machine,
     refused: str | None,
 ) -> Timing:
-    """Times one workload; with `refused` only the floor is worked out."""
+    """Times one workload; with `refused` only the floor is worked out. Weights are prepared before the clock runs."""
     operator = workload.operator
     arguments = workload.build(Make(f"{operator.name}/{workload.name}", dtype))
     moved = workload.bytes(arguments)
@@ -144,8 +144,7 @@ def time_workload(
     if reasons := implementation.not_supported(**facts):
         timing.refused = "; ".join(reasons)
         return timing
-    function = call_with_prepared(implementation, facts)
-    here = to_device(arguments, device)
+    ready = prepared_arguments(implementation, facts, to_device(arguments, device))
     with torch.inference_mode():
-        timing.seconds = median_seconds(lambda: function(**here), device)
+        timing.seconds = median_seconds(lambda: implementation.function(**ready), device)
     return timing
