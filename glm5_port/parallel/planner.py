@@ -136,7 +136,7 @@ def rank(question: Question, topology: Topology, dropped: Dropped) -> list[Candi
 
     Every mesh is priced with its best exchange; the best of them are then refined.
     """
-    prices = Prices(question.config, topology, question.kinds, question.work)
+    prices = question.prices(topology)
     found: list[tuple[Candidate, Mesh]] = []
     for mesh in meshes(question, question.devices, MIXED, dropped):
         candidate = best_mixed(question, prices, mesh, dropped)
@@ -281,7 +281,7 @@ def _nearest_change(question: Question, dropped: Dropped) -> str | None:
 
 def rank_any(question: Question) -> bool:
     """Whether anything is possible."""
-    prices = Prices(question.config, question.topology, question.kinds, question.work)
+    prices = question.prices(question.topology)
     dropped = Dropped()
     found = (best_mixed(question, prices, mesh, dropped) for mesh in meshes(question, question.devices, MIXED, dropped))
     return any(candidate is not None for candidate in found)
@@ -318,7 +318,7 @@ class Shortlist:
     def order(self, topology: Topology) -> list[Candidate]:
         """All on a topology, each with its best form of exchange there, best first."""
         question = replace(self._question, topology=topology)
-        prices = Prices(question.config, topology, question.kinds, question.work)
+        prices = question.prices(topology)
         found = []
         for candidate, layout in self._entries:
             again = _again(question, prices, candidate, Mesh(layout, candidate.roles[-1].replicas), Dropped())

@@ -69,7 +69,7 @@ class Question:
     engines: tuple[Engine, ...]
     pins: Pins = field(default_factory=Pins)
     known: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
-    """Answers that links do not change, remembered."""
+    """Answers and prices that links do not change, remembered."""
 
     @property
     def kinds(self) -> tuple[str, str]:
@@ -80,6 +80,10 @@ class Question:
     def context(self) -> int:
         """Tokens of a finished request."""
         return self.work.input_tokens + self.work.output_tokens
+
+    def prices(self, topology: Topology) -> Prices:
+        """Of steps on the topology of the question, with links of any speed."""
+        return Prices(self.config, topology, self.kinds, self.work, self.known.setdefault(("work",), {}))
 
     def memory(self, layout: Layout, role: str) -> DeviceMemory:
         """Memory of the fullest device of a role."""

@@ -13,6 +13,7 @@ Source: prefill-first batching as vLLM and SGLang do it.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -104,18 +105,19 @@ class Served:
     decode: Breakdown
 
 
+@lru_cache(maxsize=64)
 def accepted_tokens(config: Glm5Config, drafts: int) -> float:
     """Tokens that a decode step yields: 1 + p + p^2 + ... + p^drafts."""
     p = ACCEPTANCE[len(config.full_layers) < config.num_hidden_layers]
     return sum(p**place for place in range(drafts + 1))
 
 
-def one_pass(step: Step) -> Breakdown:
-    """All terms of a step, with what two micro-batches hide."""
-    whole = sum_terms(step, ORDER)
+def one_pass(step: Step, known: dict[Hashable, dict[str, Cost]] | None = None) -> Breakdown:
+    """All terms of a step, with what two micro-batches hide; `known` as in `sum_terms`."""
+    whole = sum_terms(step, ORDER, known)
     if not step.layout.overlap:
         return whole
-    half = sum_terms(replace(step, tokens=step.tokens / 2, sequences=max(step.sequences / 2, 1.0)), ORDER)
+    half = sum_terms(replace(step, tokens=step.tokens / 2, sequences=max(step.sequences / 2, 1.0)), ORDER, known)
     units = 0.0 if step.topology.tokens_overlap else SHARED_UNITS
     working = 2 * (half.of_kind(COMPUTE) + half.of_kind(FIXED))
     sending = 2 * half.of_kind(COMMUNICATION)
@@ -130,11 +132,20 @@ class Prices:
         config, topology: the model and the hardware.
         weights, kv_format: how the model is stored.
         work: the requests.
+        known: work that links do not change, remembered for prices on links of other speeds.
     """
 
-    def __init__(self, config: Glm5Config, topology: Topology, kinds: tuple[str, str], work: Workload) -> None:
+    def __init__(
+        self,
+        config: Glm5Config,
+        topology: Topology,
+        kinds: tuple[str, str],
+        work: Workload,
+        known: dict[Hashable, dict[str, Cost]] | None = None,
+    ) -> None:
         self.config, self.topology, self.work = config, topology, work
         self.weights, self.kv_format = kinds
+        self._work = {} if known is None else known
         self._known: dict[tuple[Layout, str, int, int], Breakdown] = {}
 
     @property
@@ -144,10 +155,10 @@ class Prices:
 
     def prefill(self, layout: Layout, groups: int) -> Breakdown:
         """A whole prompt of one attention group, while `groups` groups compute theirs: all layers, one after the other."""
-        key = (replace(layout.in_phase(PREFILL), drafts=0), PREFILL, 1, groups)
+        key = (_prefill_layout(layout), PREFILL, 1, groups)
         if key not in self._known:
             tokens = self.work.input_tokens
-            self._known[key] = one_pass(self._step(key[0], PREFILL, tokens, 1, tokens, groups, self.calls))
+            self._known[key] = one_pass(self._step(key[0], PREFILL, tokens, 1, tokens, groups, self.calls), self._work)
         return self._known[key]
 
     def decode(self, layout: Layout, sequences: int, groups: int) -> Breakdown:
@@ -162,9 +173,9 @@ class Prices:
         if key not in self._known:
             context = self.work.input_tokens + self.work.output_tokens / 2
             step = self._step(layout, DECODE, batch * (1 + layout.drafts), batch, context, groups, 1)
-            trunk = one_pass(step)
+            trunk = one_pass(step, self._work)
             if layout.drafts:
-                one = sum_terms(replace(step, tokens=batch, size=mtp_size(self.config)), ORDER)
+                one = sum_terms(replace(step, tokens=batch, size=mtp_size(self.config)), ORDER, self._work)
                 trunk = trunk.with_part(DRAFTS, COMPUTE, one.together * layout.drafts)
             self._known[key] = trunk
         return self._known[key]
@@ -184,6 +195,12 @@ class Prices:
             calls=calls,
             size=model_size(self.config),
         )
+
+
+@lru_cache(maxsize=4096)
+def _prefill_layout(layout: Layout) -> Layout:
+    """What computes prompts: drafts cost nothing there."""
+    return replace(layout.in_phase(PREFILL), drafts=0)
 
 
 def prompt_times(prefill: Breakdown, layout: Layout, calls: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ and b latency and bandwidth of a link, e_x the share of a peak that is reached.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -112,6 +113,11 @@ class Step:
     groups: int
     calls: int
     size: ModelSize
+
+    @property
+    def work(self) -> tuple[Hashable, ...]:
+        """What sets the work of a device, whatever the links: equal steps of one question compute the same."""
+        return self.layout, self.phase, self.tokens, self.sequences, self.context, self.groups, self.calls, self.size
 
     @property
     def is_decode(self) -> bool:

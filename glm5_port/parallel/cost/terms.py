@@ -4,8 +4,9 @@ breakdown."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def term(name: str, kind: str) -> Callable[[Callable[[Step], Cost]], Callable[[S
     return register
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Breakdown:
     """A step's time as a sum.
 
@@ -85,7 +86,7 @@ class Breakdown:
 
     parts: tuple[tuple[str, str, Cost], ...]
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Of the step."""
         return sum(cost.seconds for _, _, cost in self.parts)
@@ -132,7 +133,22 @@ class Breakdown:
         }
 
 
-def sum_terms(step: Step, names: Iterable[str]) -> Breakdown:
-    """The terms of a step that cost anything, in the given order."""
-    found = ((name, TERMS[name].kind, TERMS[name].of(step)) for name in names)
-    return Breakdown(tuple(part for part in found if part[2].seconds))
+def sum_terms(step: Step, names: Iterable[str], known: dict[Hashable, dict[str, Cost]] | None = None) -> Breakdown:
+    """The terms of a step that cost anything, in the given order.
+
+    Args:
+        step: what is priced.
+        names: of its terms.
+        known: work of steps that were priced on links of other speeds, and where that of this one is remembered.
+    """
+    work = {} if known is None else known.setdefault(step.work, {})
+    parts = []
+    for name in names:
+        term, cost = TERMS[name], work.get(name)
+        if cost is None:
+            cost = term.of(step)
+            if term.kind != COMMUNICATION:
+                work[name] = cost
+        if cost.seconds:
+            parts.append((name, term.kind, cost))
+    return Breakdown(tuple(parts))
