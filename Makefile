@@ -21,7 +21,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-sanitize test-llama-cpp test-kt-kernel lint bench docs clean
+.PHONY: help env demo test test-all test-interpreter test-sanitize test-llama-cpp test-kt-kernel lint bench docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -55,6 +55,7 @@ lint: env ## ruff and mypy
 
 test: lint ## format, lint, types and the fast tests
 	@echo "== pytest, fast tests, $(JOBS) processes"; $(PYTEST) -n $(JOBS) -q
+	@$(MAKE) test-interpreter
 	@echo "== left out here:"
 	@$(PYTEST) -m slow --collect-only -q -p no:cacheprovider | grep -E '::' | sed 's/::.*//' | sort | uniq -c \
 	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
@@ -62,6 +63,12 @@ test: lint ## format, lint, types and the fast tests
 	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
+
+test-interpreter: env ## the CUDA kernels on the CPU by Triton's interpreter, in a process of its own; no GPU runs
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo "== pytest, CUDA kernels by Triton's interpreter (no GPU), $(JOBS) processes"; \
+	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q; \
+	else echo "== NOT TESTED: CUDA kernels by the interpreter (triton has no build for this machine)"; fi
 
 test-sanitize: env ## the native kernels' own tests, under address and undefined-behaviour sanitizers
 	@command -v $${CXX:-c++} >/dev/null || { echo "== NOT TESTED: sanitizers (no C++ compiler)"; exit 0; }; \

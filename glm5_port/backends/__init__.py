@@ -24,6 +24,7 @@ IMPLEMENTATIONS = (
     "cpu.attention",
     "cpu.cache",
     "cpu.mla",
+    "cuda.rope",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""

@@ -22,7 +22,8 @@ def matrix(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What every implementation of every operator came to, one column per chip and one for the portable implementations.
 
     Returns:
-        "columns": names; "rows": operator -> column -> text; "not_tested": chip -> why nothing ran on it here.
+        "columns": names, among them what stood in for a chip (an interpreter); "rows": operator -> column -> text;
+        "not_tested": chip -> why nothing ran on it here.
     """
     load_plugins()
     seen: dict[Key, Counter[str]] = {}
@@ -36,7 +37,7 @@ def matrix(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             why.setdefault(key, str(result["problems"][0]))
         if result["status"] in ("passed", "failed"):
             ran.add(str(result["backend"]))
-    columns = [*BACKENDS, PORTABLE]
+    columns = [*BACKENDS, *sorted({chip for _, chip, _ in seen} - set(BACKENDS)), PORTABLE]
     rows = {name: {column: _cell(name, column, seen, why) for column in columns} for name in OPERATORS}
     not_tested = {
         name: probe(name).missing or "usable here, but not asked for in this run" for name in BACKENDS if name not in ran
@@ -48,10 +49,12 @@ def _cell(operator: str, column: str, seen: Mapping[Key, Counter[str]], why: Map
     own = any(i.backend == column for i in OPERATORS[operator].implementations.values())
     if column == PORTABLE:
         keys = [key for key in seen if key[0] == operator and key[2] == PORTABLE]
+    elif column not in BACKENDS:
+        own, keys = True, [key for key in seen if key[:2] == (operator, column)]
     else:
         keys = [key for key in [(operator, column, column if own else PORTABLE)] if key in seen]
     if not keys:
-        return NO_TEST if own or column == PORTABLE else NOTHING
+        return NO_TEST if (own and column in BACKENDS) or column == PORTABLE else NOTHING
     counts = sum((seen[key] for key in keys), Counter())
     parts = [f"{counts['failed']} FAILED"] if counts["failed"] else []
     parts += [f"{counts['passed']} passed" + ("" if own else f" by {PORTABLE}")] if counts["passed"] else []

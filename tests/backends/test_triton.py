@@ -1,0 +1,100 @@
+"""What can be known of the Triton kernels without a GPU and without the interpreter: reasons, and that every kernel compiles.
+
+What a kernel is compiled with is what its implementation launches it with on the cases at GLM-5 widths.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from glm5_port.backends.cuda import triton_support
+from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation
+from glm5_port.registry import Implementation
+from glm5_port.testing import parity
+from glm5_port.testing.cases import WIDTH, load_suites
+from tests.backends.triton_compile import SHARED_MEMORY, TARGETS, Compiled, compile_launch, distinct, launches_of
+
+FAST_TARGET = 90
+SPILLED = 0
+"""Bytes of stack that a kernel may take."""
+
+
+def implementations() -> list[Implementation]:
+    return [i for i in parity.implementations_on(BACKEND) if i.backend == BACKEND]
+
+
+def check_compiles(implementation: Implementation, target: int, dtypes: tuple[torch.dtype, ...]) -> list[Compiled]:
+    cases = [case for case in load_suites()[implementation.operator.name].cases if case.tags & WIDTH]
+    launches = [
+        launch
+        for dtype in dtypes
+        for case in cases
+        if dtype in case.dtypes
+        for launch in launches_of(implementation, case, dtype, target)
+    ]
+    assert launches, f"no case at GLM-5 widths launches anything in {dtypes}"
+    made = [compile_launch(launch, target) for launch in distinct(launches)]
+    too_large = [str(c) for c in made if c.stack > SPILLED or c.shared > SHARED_MEMORY[target]]
+    assert not too_large, "\n".join(too_large)
+    return made
+
+
+def of(implementation: Implementation) -> str:
+    return f"{implementation.operator.name}-{implementation.variant}"
+
+
+@pytest.mark.parametrize("implementation", implementations(), ids=of)
+def test_kernels_compile_for_hopper(implementation: Implementation) -> None:
+    check_compiles(implementation, FAST_TARGET, (torch.bfloat16,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("implementation", implementations(), ids=of)
+def test_kernels_compile_for_every_target(implementation: Implementation, target: int) -> None:
+    check_compiles(implementation, target, (torch.bfloat16, torch.float32))
+
+
+def test_reasons_of_versions_and_cards() -> None:
+    reasons = triton_support._machine_reasons
+    assert reasons((3, 6, 0), (2, 10, 0), (8, 0)) == []
+    assert reasons((3, 9), (2, 13), None) == []
+    (missing,) = reasons(None, (2, 13), (9, 0))
+    assert "not installed" in missing
+    (old,) = reasons((3, 5, 1), (2, 13), (9, 0))
+    assert "needs triton 3.6 or newer, 3.5.1 is installed" in old
+    (card,) = reasons((3, 6), (2, 13), (7, 5))
+    assert "compute capability 8.0" in card and "this card has 7.5" in card
+    assert len(reasons((3, 5), (2, 9), (7, 0))) == 3
+
+
+def test_float64_is_refused_before_anything_is_launched() -> None:
+    for implementation in implementations():
+        suite = load_suites()[implementation.operator.name]
+        facts = implementation.operator.facts_of(suite.cases[0].arguments(suite.operator, torch.float32))
+        with assume((9, 0)):
+            assert any("not float64" in reason for reason in implementation.not_supported(**facts | {"dtype": torch.float64}))
+        with assume((7, 5)):
+            assert any("this card has 7.5" in reason for reason in implementation.not_supported(**facts))
+
+
+@pytest.mark.parametrize(
+    ("card", "tiles"), [((8, 0), "small"), ((8, 9), "small"), ((9, 0), "large"), ((10, 0), "large"), ((12, 0), "small")]
+)
+def test_tiles_of_a_card(card: tuple[int, int], tiles: str) -> None:
+    with assume(card):
+        assert capability() == card
+        assert generation() == tiles
+
+
+def test_registering_does_not_import_triton() -> None:
+    code = (
+        "import sys; from glm5_port.plugins import load_plugins; load_plugins(); from glm5_port.registry import OPERATORS;"
+        "assert OPERATORS['rotate'].implementations['cuda/triton']; print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
