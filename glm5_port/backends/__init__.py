@@ -24,6 +24,9 @@ IMPLEMENTATIONS = (
     "cpu.attention",
     "cpu.cache",
     "cpu.mla",
+    "npu.norm",
+    "npu.linear",
+    "npu.rope",
     "cuda.rope",
     "onnxruntime.int4",
 )

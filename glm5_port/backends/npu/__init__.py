@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from glm5_port.backends.npu import machine
 from glm5_port.backends.probing import probe_vendor
 from glm5_port.registry import Backend, Probe
 
@@ -19,6 +20,11 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def probe() -> Probe:
+    found = _probe_package()
+    return found if found.missing is not None else Probe(None, {**found.details, **_machine_details()})
+
+
+def _probe_package() -> Probe:
     return probe_vendor(
         package="torch_npu",
         device_type="npu",
@@ -37,6 +43,16 @@ def _obstacle() -> str | None:
     if not os.environ.get(CANN_HOME):
         return f"CANN is not set up ({CANN_HOME} is not set): install CANN and source its set_env.sh before starting Python"
     return None
+
+
+def _machine_details() -> dict[str, str]:
+    """Chip family, CANN, and every vendor operator that one of the two lacks."""
+    from glm5_port.backends.npu.contracts import VENDOR_OPERATORS
+
+    here = machine.ask()
+    lacking = [name for name, operator in VENDOR_OPERATORS.items() if operator.missing(here)]
+    shown = {"chip": here.chip, "CANN": ".".join(map(str, here.cann)) or "does not tell its version"}
+    return shown | ({"operators missing here": ", ".join(lacking)} if lacking else {})
 
 
 def _details() -> dict[str, str]:
