@@ -28,6 +28,9 @@ IMPLEMENTATIONS = (
     "npu.linear",
     "npu.rope",
     "cuda.rope",
+    "cuda.norm",
+    "cuda.routing",
+    "cuda.quantize",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""

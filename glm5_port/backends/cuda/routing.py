@@ -13,7 +13,9 @@ from glm5_port.operators.moe import check_routing, route_experts
 BLOCK_T, BLOCK_E, BLOCK_K = 16, 32, 128
 PIECE = 512
 """Inputs that one program sums."""
-MOST_EXPERTS = 4096
+CHOOSING = 8
+"""Tokens whose experts one program chooses: two for each of its warps."""
+MOST_EXPERTS = 1024
 
 
 def _not_supported(*, experts: int, **_: Any) -> list[str]:
@@ -62,7 +64,7 @@ def route_experts_triton(
     )
     launch(
         module.choose_experts,
-        (tokens,),
+        (-(-tokens // CHOOSING),),
         partial_STE,
         correction_bias.detach().to(torch.float32).contiguous(),
         weights_Tk,
@@ -75,9 +77,10 @@ def route_experts_triton(
         GROUPS=groups,
         GROUPS_KEPT=groups_kept,
         RENORMALISE=renormalise,
+        TOKENS=CHOOSING,
         BLOCK=power_of_two(experts, least=32),
         BLOCK_G=power_of_two(groups),
         BLOCK_CHOICES=power_of_two(top_k),
-        num_warps=1 if experts <= 512 else 4,
+        num_warps=4,
     )
     return weights_Tk, ids_Tk

@@ -1,9 +1,9 @@
 """Kernels of route_experts.
 
     partial_logits   hidden gate^T in pieces of the hidden size, [pieces, T, E] float32
-    choose_experts   one program a token: the pieces summed in order, sigmoid, groups, choices
+    choose_experts   the pieces summed in order, sigmoid, groups, choices
 
-Both take 16 tokens or one at a time, whatever the batch: a token's experts do not depend on who else is there.
+Both take the same number of tokens a program whatever the batch: a token's experts do not depend on who else is there.
 
 Scores become whole numbers of the same order, with NaN above all; below them in 64 bits stands the id, lower ids higher. One
 maximum then finds the best score with the lowest id, and no two numbers are equal.
@@ -63,24 +63,31 @@ def ranked(x, ids, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def id_of(rank, BLOCK: tl.constexpr):
+    """The id of `ranked`."""
+    return (BLOCK - 1 - (rank & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
 def without_weak_groups(
-    biased, ids, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr
-):
+    biased, ids, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """`biased` with -infinity outside of the best groups; a group's score is the sum of its two best."""
     group_of = ids // (EXPERTS // GROUPS)
     ranks = tl.where(ids < EXPERTS, ranked(biased, ids, BLOCK), NOTHING)
-    groups = tl.arange(0, BLOCK_G)
-    group_ranks = tl.full((BLOCK_G,), NOTHING, tl.int64)
+    groups = tl.arange(0, BLOCK_G)[None, :]
+    group_ranks = tl.full((TOKENS, BLOCK_G), NOTHING, tl.int64)
     for group in range(GROUPS):
         members = tl.where(group_of == group, ranks, NOTHING)
-        first = tl.max(members, axis=0)
-        second = tl.max(tl.where(members == first, NOTHING, members), axis=0)
+        first = tl.max(members, axis=1)[:, None]
+        second = tl.max(tl.where(members == first, NOTHING, members), axis=1)[:, None]
         score = value_of((first >> 32).to(tl.int32)) + value_of((second >> 32).to(tl.int32))
         group_ranks = tl.where(groups == group, ranked(score, group, BLOCK_G), group_ranks)
-    kept = ids < 0
+    kept = tl.zeros((TOKENS, BLOCK), tl.int1)
     for _ in range(GROUPS_KEPT):
-        best = tl.max(group_ranks, axis=0)
-        kept = kept | (group_of == BLOCK_G - 1 - (best & 0xFFFFFFFF))
+        best = tl.max(group_ranks, axis=1)[:, None]
+        kept = kept | (group_of == id_of(best, BLOCK_G))
         group_ranks = tl.where(group_ranks == best, NOTHING, group_ranks)
     return tl.where(kept, biased, float("-inf"))
 
@@ -89,31 +96,33 @@ def without_weak_groups(
 def choose_experts(
     partial, correction_bias, weights, chosen, tokens, scale,
     EXPERTS: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
-    RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_CHOICES: tl.constexpr,
+    RENORMALISE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tokens."""
-    token = tl.program_id(0).to(tl.int64)
-    ids = tl.arange(0, BLOCK)
-    logits = tl.zeros((BLOCK,), tl.float32)
+    """Programs: blocks of tokens."""
+    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    ids = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < tokens) & (ids < EXPERTS)
+    logits = tl.zeros((TOKENS, BLOCK), tl.float32)
     for piece in range(PIECES):
-        logits += tl.load(partial + (piece * tokens + token) * EXPERTS + ids, mask=ids < EXPERTS, other=0.0)
+        logits += tl.load(partial + (piece * tokens + rows) * EXPERTS + ids, mask=inside, other=0.0)
     scores = tl.div_rn(1.0, 1.0 + tl.exp(-logits))
     biased = scores + tl.load(correction_bias + ids, mask=ids < EXPERTS, other=0.0)
     if GROUPS_KEPT < GROUPS:
-        biased = without_weak_groups(biased, ids, EXPERTS, GROUPS, GROUPS_KEPT, BLOCK, BLOCK_G)
+        biased = without_weak_groups(biased, ids, TOKENS, EXPERTS, GROUPS, GROUPS_KEPT, BLOCK, BLOCK_G)
     ranks = tl.where(ids < EXPERTS, ranked(biased, ids, BLOCK), NOTHING)
 
-    choices = tl.arange(0, BLOCK_CHOICES)
-    best_ids = tl.zeros((BLOCK_CHOICES,), tl.int32)
-    best_scores = tl.zeros((BLOCK_CHOICES,), tl.float32)
+    choices = tl.arange(0, BLOCK_CHOICES)[None, :]
+    best_ids = tl.zeros((TOKENS, BLOCK_CHOICES), tl.int32)
+    best_scores = tl.zeros((TOKENS, BLOCK_CHOICES), tl.float32)
     for choice in range(TOP_K):
-        best = tl.max(ranks, axis=0)
+        best = tl.max(ranks, axis=1)[:, None]
         mine = ranks == best
-        best_ids = tl.where(choices == choice, (BLOCK - 1 - (best & 0xFFFFFFFF)).to(tl.int32), best_ids)
-        best_scores = tl.where(choices == choice, tl.sum(tl.where(mine, scores, 0.0), axis=0), best_scores)
+        best_ids = tl.where(choices == choice, id_of(best, BLOCK), best_ids)
+        best_scores = tl.where(choices == choice, tl.sum(tl.where(mine, scores, 0.0), axis=1)[:, None], best_scores)
         ranks = tl.where(mine, NOTHING, ranks)
     if RENORMALISE:
-        best_scores = tl.div_rn(best_scores, tl.sum(best_scores, axis=0) + 1e-20)
-    places = token * TOP_K + choices
-    tl.store(weights + places, best_scores * scale, mask=choices < TOP_K)
-    tl.store(chosen + places, best_ids, mask=choices < TOP_K)
+        best_scores = tl.div_rn(best_scores, tl.sum(best_scores, axis=1)[:, None] + 1e-20)
+    places = rows * TOP_K + choices
+    written = (rows < tokens) & (choices < TOP_K)
+    tl.store(weights + places, best_scores * scale, mask=written)
+    tl.store(chosen + places, best_ids, mask=written)
