@@ -13,11 +13,11 @@ from glm5_port.config import Glm5Config
 from glm5_port.errors import ConfigError, InputError, did_you_mean
 from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
 from glm5_port.model.layers import INT8, WIDE
+from glm5_port.model.ranks import Ranks
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
 from glm5_port.requests import resolve_backend
-from glm5_port.selection import check_ranks_agree
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 CORRECTION_BIAS = "e_score_correction_bias"
@@ -39,6 +39,7 @@ def build(
     int4_activations: str | None = None,
     trainable: bool = False,
     implementation: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Glm5Model:
     """As `load`, from a function that gives tensors by checkpoint name, in the working dtype and on the model's device.
 
@@ -46,6 +47,7 @@ def build(
         config: the architecture.
         read: gives one tensor; each name is asked for once.
         device: overrides the backend's device, for fake tensors; operators are then chosen for that device.
+        ranks: how the model is shared by ranks; `read` then gives this rank's part of each tensor that it asks for.
         implementation: pins every operator ("reference"), for comparisons.
 
     Raises:
@@ -77,8 +79,9 @@ def build(
         int4_activations=int4_activations,
         trainable=trainable,
         implementation=implementation,
+        ranks=ranks,
     )
-    check_ranks_agree()  # before any weight is read: every choice is made by now
+    model.ranks.check_choices()  # before any weight is read: every choice is made by now
     _fill(model, read)
     return model
 
@@ -141,12 +144,14 @@ def _int4_activations(asked: str | None, config: Glm5Config) -> str:
 
 
 def _fill(model: Glm5Model, read: Read) -> None:
-    config, trainable = model.config, model.trainable
-    model.embedding = nn.Parameter(read("model.embed_tokens.weight"), requires_grad=trainable)
-    for number, layer in enumerate(model.layers):
+    config, trainable = model.part.config, model.trainable
+    if model.part.has_embedding:
+        model.embedding = nn.Parameter(read("model.embed_tokens.weight"), requires_grad=trainable)
+    for number, layer in zip(model.part.layers, model.layers, strict=True):
         load_decoder_layer(layer, read, f"model.layers.{number}.", config, trainable=trainable)  # type: ignore[arg-type]
-    load_norm(model.norm, read, "model.norm", trainable=trainable)
-    fill(model.head, {"weight": read("lm_head.weight")}, trainable=trainable)
+    if model.norm is not None and model.head is not None:
+        load_norm(model.norm, read, "model.norm", trainable=trainable)
+        fill(model.head, {"weight": read("lm_head.weight")}, trainable=trainable)
     if model.mtp is not None:
         prefix = f"model.layers.{config.num_hidden_layers}."
         fill(model.mtp.embedding_norm, {"weight": read(prefix + "enorm.weight")}, trainable=trainable)

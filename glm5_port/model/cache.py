@@ -134,6 +134,7 @@ class PagedCache:
         tables = [self._reserve(span.sequence, span.start + span.count) for span in spans]
         width = max((len(table) for table in tables), default=1)
         block_table_BN = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+        block_table_BN = block_table_BN.view(len(tables), width)  # also without a sequence
         counts_B = torch.tensor([span.count for span in spans], dtype=torch.int64)
         starts_B = torch.tensor([span.start for span in spans], dtype=torch.int64)
         query_starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])

@@ -21,6 +21,8 @@ from glm5_port.model.facts import operator_facts
 from glm5_port.model.generate import Generation, SpeculationCounts
 from glm5_port.model.layers import WIDE, DecoderLayer, Norm, Options, Step
 from glm5_port.model.mtp import MtpLayer
+from glm5_port.model.ranks import Ranks
+from glm5_port.model.sampling import Sampling
 from glm5_port.operators.rope import rotary_angles
 from glm5_port.requests import requested_context
 from glm5_port.selection import Selection
@@ -39,6 +41,8 @@ class Glm5Model(Generation, nn.Module):
         cache_format, block_size, max_context: how it caches.
         int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16) or "int8" (W4A8).
         mtp: the draft layer, or None.
+        ranks: how it shares its work with other ranks; alone unless a plan says otherwise.
+        part: what of the model is here.
         source: directory of the checkpoint that it was loaded from, if any.
     """
 
@@ -57,9 +61,11 @@ class Glm5Model(Generation, nn.Module):
         int4_activations: str = WIDE,
         trainable: bool = False,
         implementation: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.ranks = ranks or Ranks()
         self.backend = backend
         self.device = device
         self.dtype = dtype
@@ -72,6 +78,8 @@ class Glm5Model(Generation, nn.Module):
         self.source: Path | None = None  # `load` sets it
         self.speculation = SpeculationCounts()
         self._context_at_construction = requested_context()
+        self.dense_attention = self.max_context <= config.index_topk
+        self.part = part = self.ranks.part(config, selects=not self.dense_attention)
         self.binder = bind = Binder(
             backend=requested,
             device=device,
@@ -79,15 +87,14 @@ class Glm5Model(Generation, nn.Module):
             trainable=trainable,
             implementation=implementation,
             limits={"max_tokens": MAX_STEP_TOKENS, "max_context": self.max_context},
-            facts=operator_facts(config, cache_format=cache_format, page_size=block_size),
+            facts=operator_facts(part.config, cache_format=cache_format, page_size=block_size),
         )
-        self.dense_attention = self.max_context <= config.index_topk
-        options = Options(self.dense_attention, cache_format, int4_activations)
-        self.layers = nn.ModuleList(DecoderLayer(config, bind, number, options) for number in config.layers)
-        self.norm = Norm(config, bind)
-        self.head = BoundLayer(bind(ops.linear))
+        options = Options(self.dense_attention, cache_format, int4_activations, self.ranks, part)
+        self.layers = nn.ModuleList(DecoderLayer(part.config, bind, number, options) for number in part.layers)
+        self.norm = Norm(config, bind) if part.has_head else None
+        self.head = BoundLayer(bind(ops.linear, width_out=part.vocabulary)) if part.has_head else None
         self.embedding: nn.Parameter | None = None  # set while loading
-        self.mtp = MtpLayer(config, bind, options) if mtp else None
+        self.mtp = MtpLayer(part.config, bind, options) if mtp else None
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -95,7 +102,7 @@ class Glm5Model(Generation, nn.Module):
         """Runs the trunk over one step's packed tokens, writing the cache.
 
         Returns:
-            [T, D] hidden states after the final norm.
+            [T, D] hidden states after the final norm (on ranks without a head: zeros).
         """
         if (context := requested_context()) != self._context_at_construction and context is not None:
             raise SelectionError(
@@ -104,13 +111,14 @@ class Glm5Model(Generation, nn.Module):
                 "  Use model.rebind(operator, implementation), or load the model inside the context."
             )
         step = self.locate(batch)
-        block_TD = F.embedding(tokens_T, self._embedding())
+        block_TD, indices_TK = self.ranks.enter(tokens_T, self.embedding, batch)
         residual_TD = torch.zeros_like(block_TD)  # the embedding enters as a block output, so that every norm has one form
-        indices_TK: Tensor | None = None
-        for number, layer in enumerate(self.layers):
+        for number, layer, layer_cache in zip(self.part.layers, self.layers, cache.layers, strict=False):  # MTP has one more
             shared = None if self.config.owns_indexer(number) else indices_TK
-            block_TD, residual_TD, indices_TK = layer(block_TD, residual_TD, step, cache.layers[number], shared)
-        return self.norm(block_TD, residual_TD)[0]
+            block_TD, residual_TD, indices_TK = layer(block_TD, residual_TD, step, layer_cache, shared)
+            if shared is None:
+                self.ranks.observe(indices_TK)
+        return self.ranks.leave(block_TD, residual_TD, indices_TK, batch, self.norm)
 
     def locate(self, batch: Batch) -> Step:
         """Computes the rotary angles of a step's tokens, once for all layers."""
@@ -120,7 +128,11 @@ class Glm5Model(Generation, nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states after a final norm -> [..., vocab]."""
-        return self.head(hidden)
+        return self.ranks.logits(self.head, hidden)
+
+    def choose(self, sampling: Sampling, hidden_BD: Tensor, sequences: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """The token that follows each row's hidden state; `sequences` and `positions` as in `Sampling.choose`."""
+        return self.ranks.choose(sampling, self.head, hidden_BD, sequences, positions)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         return F.embedding(tokens_T, self._embedding())
@@ -132,15 +144,15 @@ class Glm5Model(Generation, nn.Module):
 
     def new_cache(self, tokens: Sequence[int]) -> PagedCache:
         """A cache with room for sequences of the given final lengths."""
-        index_layers = [self.config.owns_indexer(i) and not self.dense_attention for i in range(self.config.num_hidden_layers)]
+        index_layers = [self.config.owns_indexer(i) and not self.dense_attention for i in self.part.layers]
         if self.mtp is not None:
             index_layers.append(not self.dense_attention)
-        return PagedCache(
-            self.config,
+        return self.ranks.new_cache(
+            tokens,
+            self.block_size,
+            config=self.config,
             index_layers=index_layers,
             cache_format=self.cache_format,
-            pages=max(1, sum(-(-n // self.block_size) for n in tokens)),
-            page_size=self.block_size,
             dtype=self.dtype,
             device=self.device,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glm5_port.config import Glm5Config
+from glm5_port.operators.exchange import ALL_REDUCE
 from glm5_port.quant.int4 import AMAX7
 
 
@@ -41,6 +42,7 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
     experts = {**width, "experts": config.n_routed_experts, "top_k": config.num_experts_per_tok}
     int4 = {"group_size": AMAX7.group_size if config.int4 is None else config.int4.group_size}
     int4_experts = {**experts, **int4, "width_between": config.moe_intermediate_size}
+    exchange = {"form": ALL_REDUCE, "bits": 16, "ranks": 1, "node_ranks": 1, "expert_tensor": 1}
     return {
         "rms_norm": width,
         "add_rms_norm": width,
@@ -87,6 +89,8 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
             "groups_kept": config.topk_group,
             "renormalise": config.norm_topk_prob,
         },
+        "dispatch_tokens": {**experts, **exchange},
+        "combine_tokens": {**width, **exchange},
         "expert_mlp": {**experts, "width_between": config.moe_intermediate_size},
         "int4_quantize": {**width, **int4, "rule": AMAX7.name},
         "int4_quantize_measured": {**width, **int4, "rule": AMAX7.name},

@@ -243,7 +243,7 @@ class _Session:
     def _choose(self, sequences: Sequence[_Sequence], hidden_BD: Tensor) -> list[Emission]:
         """Chooses one token for each sequence from its last hidden state."""
         rows, positions = [s.row for s in sequences], [len(s.tokens) for s in sequences]
-        tokens = self.sampling.choose(self.model.logits(hidden_BD), rows, positions)
+        tokens = self.model.choose(self.sampling, hidden_BD, rows, positions)
         return [self._append(sequence, [token]) for sequence, token in zip(sequences, tokens, strict=True)]
 
     def _append(self, sequence: _Sequence, tokens: Sequence[int]) -> Emission:
@@ -311,7 +311,7 @@ class _Session:
         hidden_TD, _ = self._step(spans, tokens)
         rows = [s.row for s, span in zip(active, spans, strict=True) for _ in range(span.count)]
         positions = [span.start + 1 + i for span in spans for i in range(span.count)]
-        chosen = self.sampling.choose(self.model.logits(hidden_TD), rows, positions)
+        chosen = self.model.choose(self.sampling, hidden_TD, rows, positions)
         speculation = self.model.speculation
         speculation.rounds += 1
         emissions, first = [], 0

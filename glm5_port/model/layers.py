@@ -16,6 +16,7 @@ from glm5_port.config import Glm5Config
 from glm5_port.model import composed
 from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
+from glm5_port.model.ranks import Part, Ranks
 from glm5_port.model.tensors import layer_prefix
 
 WIDE, INT8 = "wide", "int8"
@@ -30,11 +31,15 @@ class Options:
         dense_attention: attends to every earlier position, without an indexer.
         cache_format: how latents, rope keys and index keys are stored.
         int4_activations: of INT4 experts, `WIDE` or `INT8`.
+        ranks: how work is shared with other ranks.
+        part: what of the model is here.
     """
 
     dense_attention: bool
     cache_format: str
     int4_activations: str
+    ranks: Ranks
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Step:
 class Indexer(nn.Module):
     """Computes this layer's index keys, stores them, and selects the positions that attention may read."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, cache_format: str) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options) -> None:
         super().__init__()
         if composed.has_int4(config, prefix, composed.INDEX):
             self.project: BoundLayer | composed.IndexQueries = composed.IndexQueries(config, bind, prefix)
@@ -65,7 +70,8 @@ class Indexer(nn.Module):
         self.top_k = config.index_topk
         self.k_norm_eps = config.index_norm_eps
         self.rope_interleaved = config.indexer_rope_interleave
-        self.cache_format = cache_format
+        self.cache_format = options.cache_format
+        self.ranks = options.ranks
 
     def forward(self, hidden_TD: Tensor, query_residual_TQ: Tensor, step: Step, index_cache: list[Tensor]) -> Tensor:
         index_query_TJX, index_key_TX, head_weights_TJ = self.project(
@@ -78,6 +84,7 @@ class Indexer(nn.Module):
         )
         batch = step.batch
         self.write([index_key_TX], index_cache, batch.slots_T, cache_format=self.cache_format)
+        self.ranks.share_cache(index_cache, batch)
         return self.select[batch.phase](
             index_query_TJX,
             head_weights_TJ,
@@ -112,6 +119,7 @@ class Attention(nn.Module):
         self.rope_interleaved = config.rope_interleave
         self.scale = config.softmax_scale
         self.cache_format = options.cache_format
+        self.ranks = options.ranks
 
     def into_cache(self, hidden_TD: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
         """Returns: absorbed queries [T, H, C], rope queries [T, H, R], the normalised query latent [T, Q]."""
@@ -125,6 +133,7 @@ class Attention(nn.Module):
             rope_interleaved=self.rope_interleaved,
             cache_format=self.cache_format,
         )
+        self.ranks.share_cache(cache.latent, step.batch)
         return queries
 
 
@@ -134,7 +143,7 @@ class SparseAttention(Attention):
     def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options, *, owns_indexer: bool) -> None:
         super().__init__(config, bind, prefix, options)
         self.attend = {phase: bind(ops.sparse_mla_attention, phase=phase) for phase in (PREFILL, DECODE)}
-        self.indexer = Indexer(config, bind, prefix, options.cache_format) if owns_indexer else None
+        self.indexer = Indexer(config, bind, prefix, options) if owns_indexer else None
 
     def forward(
         self, hidden_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
@@ -191,6 +200,7 @@ class DenseAttention(Attention):
             nope_dim=self.nope_dim,
         )
         self.write([latent_TC, rope_key_TR], cache.latent, batch.slots_T, cache_format=self.cache_format)
+        self.ranks.share_cache(cache.latent, batch)
         out_THV = self.expanded(
             query_nope=query_nope_THN,
             query_rope=query_rope_THR,
@@ -231,13 +241,13 @@ def gated_mlp(config: Glm5Config, bind: Binder, prefix: str, width_between: int)
 class DenseMlp(nn.Module):
     """The gated MLP of the first layers."""
 
-    def __init__(self, config: Glm5Config, bind: Binder, prefix: str) -> None:
+    def __init__(self, config: Glm5Config, bind: Binder, prefix: str, ranks: Ranks) -> None:
         super().__init__()
         self.mlp = gated_mlp(config, bind, prefix, config.intermediate_size)
+        self.ranks = ranks
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.mlp(hidden_TD)
-        return y_TD
+    def forward(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        return self.ranks.add_up(self.mlp(self.ranks.gather(hidden_TD, batch)), batch)
 
 
 class MoeMlp(nn.Module):
@@ -252,8 +262,11 @@ class MoeMlp(nn.Module):
             experts = ops.expert_mlp
         else:
             experts = ops.expert_mlp_int4_w4a8 if options.int4_activations == INT8 else ops.expert_mlp_int4
-        self.experts = BoundLayer(bind(experts, **self.packing))
-        self.shared = gated_mlp(config, bind, prefix + "shared_experts.", config.shared_intermediate_size)
+        part = options.part
+        self.held = tuple(part.experts(number))
+        self.experts = BoundLayer(bind(experts, experts=len(self.held), width_between=part.expert_width, **self.packing))
+        self.shared = gated_mlp(config, bind, prefix + "shared_experts.", part.shared_width)
+        self.exchange = options.ranks.exchange(bind, number, config)
         self.routing = {
             "top_k": config.num_experts_per_tok,
             "groups": config.n_group,
@@ -262,10 +275,13 @@ class MoeMlp(nn.Module):
             "scale": config.routed_scaling_factor,
         }
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         route_weights_TK, ids_TK = self.route(hidden=hidden_TD, **self.routing)
-        routed_TD = self.experts(hidden=hidden_TD, route_weights=route_weights_TK, ids=ids_TK, **self.packing)
-        return routed_TD + self.shared(hidden_TD)
+        return self.exchange(hidden_TD, route_weights_TK, ids_TK, batch, self._routed, self.shared)
+
+    def _routed(self, *, hidden: Tensor, route_weights: Tensor, ids: Tensor) -> Tensor:
+        routed_TD: Tensor = self.experts(hidden=hidden, route_weights=route_weights, ids=ids, **self.packing)
+        return routed_TD
 
 
 class DecoderLayer(nn.Module):
@@ -281,17 +297,22 @@ class DecoderLayer(nn.Module):
         else:
             self.attention = SparseAttention(config, bind, attention, options, owns_indexer=config.owns_indexer(number))
         self.attention_norm = Norm(config, bind)
-        self.mlp: nn.Module = MoeMlp(config, bind, mlp, number, options) if config.is_moe(number) else DenseMlp(config, bind, mlp)
+        if config.is_moe(number):
+            self.mlp: nn.Module = MoeMlp(config, bind, mlp, number, options)
+        else:
+            self.mlp = DenseMlp(config, bind, mlp, options.ranks)
+        self.ranks = options.ranks
 
     def forward(
         self, block_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache, indices_TK: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Args: block_TD, the previous block's output, not yet added to residual_TD; indices_TK, an earlier layer's selection
         or None. Returns: this layer's MLP output, the residual before it, and the selection that the next layer may share."""
+        ranks, batch = self.ranks, step.batch
         normed_TD, residual_TD = self.input_norm(block_TD, residual_TD)
-        attention_TD, indices_TK = self.attention(normed_TD, step, cache, indices_TK)
-        normed_TD, residual_TD = self.attention_norm(attention_TD, residual_TD)
-        return self.mlp(normed_TD), residual_TD, indices_TK
+        attention_TD, indices_TK = self.attention(ranks.gather(normed_TD, batch), step, cache, indices_TK)
+        normed_TD, residual_TD = self.attention_norm(ranks.add_up(attention_TD, batch), residual_TD)
+        return self.mlp(normed_TD, batch), residual_TD, indices_TK
 
 
 class Norm(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from glm5_port.model.build import build, stored_dtype, working_dtype
 from glm5_port.model.checkpoint import Checkpoint
 from glm5_port.model.decoder import Glm5Model
+from glm5_port.model.ranks import Ranks
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.requests import resolve_backend
 
@@ -31,6 +32,7 @@ def load(
     int4_activations: str | None = None,
     trainable: bool = False,
     implementation: str | None = None,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Glm5Model:
     """Reads a checkpoint and returns a model that is ready to run.
@@ -54,6 +56,7 @@ def load(
             token as they come, W4A8). Other INT4 projections are W4A16 always.
         trainable: bind differentiable implementations, and let the weights require gradients.
         implementation: pins every operator ("reference"), for comparisons.
+        ranks: how ranks of a process group share the model (`glm5_port.parallel.launch.start`); each reads its part only.
         progress: called after each tensor.
 
     Raises:
@@ -71,7 +74,10 @@ def load(
 
         def read(name: str) -> Tensor:
             nonlocal done
-            tensor = checkpoint.tensor(name, stored_dtype(name, working)).to(device)
+            spec = expected[name]
+            cut = None if ranks is None else ranks.cut(name, spec.component, spec.shape)
+            tensor = checkpoint.tensor(name, stored_dtype(name, working))
+            tensor = (tensor if cut is None else tensor.narrow(*cut).clone()).to(device)
             done += 1
             if progress is not None:
                 progress(done, len(expected))
@@ -90,6 +96,7 @@ def load(
             int4_activations=int4_activations,
             trainable=trainable,
             implementation=implementation,
+            ranks=ranks,
         )
         model.source = checkpoint.path
         if (stops := checkpoint.stop_ids) is not None:

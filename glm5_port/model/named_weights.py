@@ -151,11 +151,14 @@ def _held(model: nn.Module) -> tuple[Glm5Config, Held]:
 
 
 def _glm5(model: Glm5Model) -> Held:
+    if not model.ranks.alone or model.norm is None or model.head is None:
+        raise InputError("this model is shared by several ranks, and this one holds a part of it\n  Load it without a plan.")
     yield EMBEDDING, lambda: _parameter(model, "embedding")
     for number, layer in enumerate(model.layers):
         yield from _layer(layer, layer_prefix(number))  # type: ignore[arg-type]
-    yield FINAL_NORM, lambda: _parameter(model.norm.add_norm, "weight")
-    yield LM_HEAD, lambda: _parameter(model.head, "weight")
+    norm, head = model.norm.add_norm, model.head
+    yield FINAL_NORM, lambda: _parameter(norm, "weight")
+    yield LM_HEAD, lambda: _parameter(head, "weight")
     if (mtp := model.mtp) is not None:
         prefix = layer_prefix(model.config.num_hidden_layers)
         yield from _layer(mtp.layer, prefix)

@@ -27,7 +27,7 @@ def load_decoder_layer(layer: DecoderLayer, read: Read, prefix: str, config: Glm
     load_norm(layer.attention_norm, read, prefix + "post_attention_layernorm", trainable=trainable)
     _load_attention(layer.attention, read, prefix + "self_attn.", config, trainable=trainable)
     if isinstance(layer.mlp, MoeMlp):
-        _load_moe(layer.mlp, read, prefix + "mlp.", config, trainable=trainable)
+        _load_moe(layer.mlp, read, prefix + "mlp.", trainable=trainable)
     elif isinstance(layer.mlp, DenseMlp):
         _load_gated_mlp(layer.mlp.mlp, read, prefix + "mlp.", trainable=trainable)
 
@@ -141,7 +141,7 @@ def _load_indexer(indexer: Indexer, read: Read, prefix: str, *, trainable: bool)
         fill(project, matrices | {"k_norm_weight": norm_weight, "k_norm_bias": norm_bias}, trainable=trainable)
 
 
-def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
+def _load_moe(moe: MoeMlp, read: Read, prefix: str, *, trainable: bool) -> None:
     gate = {"gate": read(prefix + "gate.weight"), "correction_bias": read(prefix + "gate.e_score_correction_bias")}
     fill(moe.route, gate, trainable=trainable)
     for name, parameter in moe.route.named_parameters():
@@ -150,6 +150,6 @@ def _load_moe(moe: MoeMlp, read: Read, prefix: str, config: Glm5Config, *, train
     _load_gated_mlp(moe.shared, read, prefix + "shared_experts.", trainable=trainable)
     preparation = moe.experts.preparation
     weights_of = packed_expert_weights if moe.packing else gated_mlp_weights
-    for expert in range(config.n_routed_experts):
-        preparation.add(expert, weights_of(read, f"{prefix}experts.{expert}."))
+    for slot, expert in enumerate(moe.held):
+        preparation.add(slot, weights_of(read, f"{prefix}experts.{expert}."))
     moe.experts.finish_loading(trainable=trainable)

@@ -3,6 +3,7 @@
 norm              rms_norm, add_rms_norm
 linear            linear, linear_per_head, gated_mlp
 moe               route_experts, expert_mlp
+exchange          dispatch_tokens, combine_tokens
 int4              int4_quantize, int4_dequantize, int4_matmul, int8_matmul, expert_mlp_int4, expert_mlp_int4_w4a8
 int4_measured     int4_quantize_measured
 rope              rotate, and the plain function rotary_angles
@@ -15,6 +16,7 @@ sparse_attention  sparse_mla_attention
 
 from glm5_port.operators import cache_layouts as cache_layouts
 from glm5_port.operators.cache import write_cache
+from glm5_port.operators.exchange import combine_tokens, dispatch_tokens
 from glm5_port.operators.indexer import indexer_prologue, indexer_scores, lightning_indexer, select_top_k
 from glm5_port.operators.int4 import (
     expert_mlp_int4,
@@ -42,6 +44,8 @@ from glm5_port.operators.sparse_attention import sparse_mla_attention
 __all__ = [
     "add_rms_norm",
     "attention_output",
+    "combine_tokens",
+    "dispatch_tokens",
     "expert_mlp",
     "expert_mlp_int4",
     "expert_mlp_int4_w4a8",

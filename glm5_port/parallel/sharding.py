@@ -2,7 +2,8 @@
 
     q_b_proj, kv_b_proj               rows over `tensor` (heads)
     o_proj                            columns over `tensor`
-    gate_proj, up_proj | down_proj    rows | columns over `tensor`; of a routed expert over `expert_tensor`
+    gate_proj, up_proj | down_proj    rows | columns over `tensor`; of a routed expert over `expert_tensor`; the shared expert is
+                                      whole where ranks carry different tokens (any exchange but all_reduce)
     routed experts                    whole experts over `expert`
     embedding, LM head                rows over `tensor`, on the first and the last stage
     everything else                   on every rank of a stage: latent projections, indexer, norms, router
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,11 +39,11 @@ from glm5_port.model.tensors import (
     expected_tensors,
     layer_prefix,
 )
-from glm5_port.parallel.plan import Layout
+from glm5_port.parallel.plan import ALL_REDUCE, Layout
 from glm5_port.quant.formats import find_format, int8_tensors
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule
 
-ROUTED_EXPERTS = "routed experts"
+ROUTED_EXPERTS, SHARED_EXPERTS = "routed experts", "shared experts"
 EVERYWHERE, TENSOR, EXPERT_TENSOR = "everywhere", "tensor", "expert_tensor"
 _ROWS = (".q_b_proj.", ".kv_b_proj.", ".gate_proj.", ".up_proj.", "embed_tokens.", "lm_head.")
 _COLUMNS = (".o_proj.", ".down_proj.")
@@ -101,6 +102,14 @@ def how_divided(name: str, component: str) -> tuple[str, int]:
     return EVERYWHERE, 0
 
 
+def divided(name: str, component: str, shape: Sequence[int], layout: Layout) -> tuple[str | None, int]:
+    """(over, axis) of a stored tensor in a layout; over is None for one that lies whole on every rank: vectors, dimensions of
+    one, and the shared expert where ranks carry different rows."""
+    over, axis = how_divided(name, component)
+    whole = component == SHARED_EXPERTS and layout.exchange != ALL_REDUCE
+    return (None if over == EVERYWHERE or whole or len(shape) < 2 or shape[axis] == 1 else over), axis
+
+
 def rank_weights(config: Glm5Config, weights: str, layout: Layout, stage: int) -> Holding:
     """The weights of one rank of a stage, to the byte as they are stored. All ranks of a stage hold equally many.
 
@@ -122,7 +131,7 @@ def rank_weights(config: Glm5Config, weights: str, layout: Layout, stage: int) -
     local = (config.n_routed_experts + layout.redundant_experts) // layout.expert
     held: Counter[str] = Counter()
     for kind, times in Counter(kind_of[owner] for owner in owners).items():
-        for component, size in _kind_bytes(kinds[kind], layout.tensor, layout.expert_tensor):
+        for component, size in _kind_bytes(kinds[kind], layout):
             held[component] += times * size * (local if component == ROUTED_EXPERTS else 1)
     return Holding(dict(held))
 
@@ -131,10 +140,14 @@ _Kind = tuple[tuple[str, Piece, int], ...]
 """(component, piece, how often) of a layer, or of a tensor outside the layers."""
 
 
-def _kind_bytes(kind: _Kind, tensor: int, expert_tensor: int) -> list[tuple[str, int]]:
+def _kind_bytes(kind: _Kind, layout: Layout) -> list[tuple[str, int]]:
     """(component, bytes on one rank), for a layer; of the routed experts for one."""
-    ways = {EVERYWHERE: 1, TENSOR: tensor, EXPERT_TENSOR: expert_tensor}
-    return [(component, count * piece.bytes(ways[piece.over])) for component, piece, count in kind]
+    ways = {EVERYWHERE: 1, TENSOR: layout.tensor, EXPERT_TENSOR: layout.expert_tensor}
+    shared = layout.tensor if layout.exchange == ALL_REDUCE else 1
+    return [
+        (component, count * piece.bytes(shared if component == SHARED_EXPERTS else ways[piece.over]))
+        for component, piece, count in kind
+    ]
 
 
 @lru_cache(maxsize=16)  # a walk over 60,000 names

@@ -10,6 +10,7 @@ import math
 
 from glm5_port.parallel.cost.step import COMPUTE_DTYPE, WEIGHT_BYTES, Step, cache_row
 from glm5_port.parallel.cost.terms import COMPUTE, FIXED, NOTHING, Cost, term
+from glm5_port.parallel.plan import ALL_REDUCE
 
 ELEMENTWISE_PASSES = 30
 """Times that norms, rotations, quantisation, residuals and gates read or write a token's hidden state, in a layer."""
@@ -136,11 +137,15 @@ def dense_mlp(step: Step) -> Cost:
 
 @term("shared expert", COMPUTE)
 def shared_expert(step: Step) -> Cost:
-    """3 h shared / tensor parameters a layer with experts: roofline(2 parameters T / context, parameters w).
+    """3 h shared parameters a layer with experts: roofline(2 parameters T / context, parameters w). Where every rank has every
+    token (all_reduce) a rank has 1 / tensor of the parameters, elsewhere 1 / tensor of the tokens.
 
-    Source: shapes of the checkpoint.
+    Source: shapes of the checkpoint; the whole shared expert on each rank as in SGLang with DeepEP.
     """
-    return _matmul(step, step.size.shared / step.layout.tensor, step.rank_tokens, step.size.moe)
+    tensor = step.layout.tensor
+    if step.layout.exchange == ALL_REDUCE:
+        return _matmul(step, step.size.shared / tensor, step.rank_tokens, step.size.moe)
+    return _matmul(step, step.size.shared, step.rank_tokens / tensor, step.size.moe)
 
 
 @term("routed experts", COMPUTE)

@@ -18,14 +18,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from glm5_port.operators.exchange import SCALE_GROUP
 from glm5_port.parallel.cost.collectives import all_gather
 from glm5_port.parallel.cost.compute import imbalance
 from glm5_port.parallel.cost.step import Step
 from glm5_port.parallel.cost.terms import COMMUNICATION, NOTHING, Cost, term
 from glm5_port.parallel.plan import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, HIERARCHICAL
-
-SCALE_GROUP = 128
-"""Channels that share a float32 scale in a dispatch of 8 bits."""
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,150 @@
+"""Collectives between the ranks of a process group, as results instead of buffers; a group of one does nothing.
+
+    all_gather       (P - 1) / P  S bytes sent by a rank, S of the gathered whole
+    reduce_scatter   the same; sums in the order of ranks, in float32 or wider
+    all_reduce       2 (P - 1) / P  S
+    all_to_all       what goes to other ranks
+
+gloo's reduce-scatter is an all-reduce inside (it sends twice the bytes), so there the parts travel by all-to-all and are added up
+here. Inside `record()` every call is written down, for comparison with the cost model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One collective.
+
+    Attributes:
+        collective: "all_gather", "reduce_scatter", "all_reduce", "all_to_all" or "send".
+        ranks: of its group.
+        bytes: that this rank sends to others.
+        purpose: whose it was: "tensor", "context", "experts", "pipeline", "vocabulary" or "bookkeeping".
+    """
+
+    collective: str
+    ranks: int
+    bytes: float
+    purpose: str
+
+
+_records: list[list[Sent]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Sent]]:
+    """Within the context, every collective of this process is appended to the list."""
+    found: list[Sent] = []
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records.remove(found)
+
+
+def _note(collective: str, ranks: int, size: float, purpose: str) -> None:
+    for found in _records:
+        found.append(Sent(collective, ranks, size, purpose))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
+    """[n, ...] of every rank -> [P n, ...] in the order of ranks. Every rank has as many rows."""
+    ranks = group.size()
+    if ranks == 1:
+        return x
+    x = x.contiguous()
+    gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
+    _note("all_gather", ranks, _bytes(x) * (ranks - 1), purpose)
+    _gather_into(gathered, x, group=group)
+    return gathered
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
+    """[P n, ...] -> [n, ...]: the sum over ranks of this rank's rows."""
+    ranks = group.size()
+    if ranks == 1:
+        return x
+    x = x.contiguous()
+    _note("reduce_scatter", ranks, _bytes(x) * (ranks - 1) / ranks, purpose)
+    if dist.get_backend(group) == "gloo":
+        parts = torch.empty_like(x)
+        dist.all_to_all_single(parts, x, group=group)
+        return sum_parts(parts.unflatten(0, (ranks, -1)), x.dtype)
+    scattered = x.new_empty((x.shape[0] // ranks, *x.shape[1:]))
+    _scatter_from(scattered, x, group=group)
+    return scattered
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, in order, in float32 (or wider), rounded once."""
+    total = parts[0].to(torch.promote_types(dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
+    """The sum over ranks. May be written into `x`."""
+    ranks = group.size()
+    if ranks == 1:
+        return x
+    x = x.contiguous()
+    _note("all_reduce", ranks, 2 * _bytes(x) * (ranks - 1) / ranks, purpose)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, purpose: str) -> Tensor:
+    """Rows for each rank, one rank after the other -> rows from each rank.
+
+    Args:
+        x: [sum of send, ...].
+        send, receive: rows for and from each rank.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return x
+    x = x.contiguous()
+    rows = x.shape[0] - send[group.rank()]
+    _note("all_to_all", ranks, _bytes(x) / max(x.shape[0], 1) * rows, purpose)
+    arrived = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)
+    return arrived
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """counts[p] of this rank for rank p -> counts of every rank for this one."""
+    if group.size() == 1:
+        return counts
+    arrived = counts.clone()
+    _note("all_to_all", group.size(), _bytes(counts) * (1 - 1 / group.size()), "bookkeeping")
+    dist.all_to_all_single(arrived, counts.contiguous(), group=group)
+    return arrived
+
+
+def send(x: Tensor, to: int, group: dist.ProcessGroup, purpose: str) -> None:
+    """To a rank of the world."""
+    _note("send", 2, _bytes(x), purpose)
+    dist.send(x.contiguous(), to, group=group)
+
+
+def receive(like: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
+    """From a rank of the world, into `like`."""
+    dist.recv(like, source, group=group)
+    return like
