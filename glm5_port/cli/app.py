@@ -25,6 +25,7 @@ ORDER = (
     "info",
     "generate",
     "plan",
+    "probe",
     "export",
     "transcode",
     "verify",

@@ -138,8 +138,8 @@ def describe(answer: Answer) -> dict[str, Any]:
         "plan": answer.plan.as_dict(),
         "runs_on": {name: {"can": not reasons, "reasons": reasons} for name, reasons in answer.engines.items()},
         "this_project": "cannot execute a plan yet; an engine can, or the plan is saved for later",
-        "calibrated": asked.topology.calibrated,
-        "band": None if asked.topology.calibrated else {"measured_over_estimated": list(BAND)},
+        "calibrated": answer.calibrated,
+        "band": None if answer.calibrated else {"measured_over_estimated": list(BAND)},
         "ranking": [_candidate(answer, candidate) for candidate in answer.ranking[:SHOWN]],
         "prefill": answer.best.served.prefill.as_dict(),
         "decode": answer.best.served.decode.as_dict(),
@@ -263,7 +263,7 @@ def _print_band(answer: Answer) -> None:
 
     served = answer.best.served
     estimate = f"about {served.output_rate:,.0f} tokens/s for the deployment"
-    if answer.question.topology.calibrated:
+    if answer.calibrated:
         print_text(f"  {estimate}, on links that were measured here")
         return
     low, high = (served.output_rate * factor for factor in (1 / BAND[1], 1 / BAND[0]))

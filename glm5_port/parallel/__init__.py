@@ -10,4 +10,6 @@ cost/         what a step costs, term by term
 engines       what each engine can express
 planner       searches layouts, ranks them, says what would change the choice
 recipes       the commands that start a plan
+probe         measures links, products and memory of the ranks of torchrun
+probe_file    the topology file out of that
 """

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from glm5_port.errors import PlanError
 from glm5_port.parallel.cost.service import Prices, accepted_tokens
 from glm5_port.parallel.engines import who_can
+from glm5_port.parallel.hardware import MEASURED
 from glm5_port.parallel.plan import DECODE, KV_FORMATS, MIXED, PREFILL, WEIGHTS, Layout, ParallelPlan, even, problems
 from glm5_port.parallel.quantities import show_seconds
 from glm5_port.parallel.search import (
@@ -76,6 +77,14 @@ class Answer:
     flips: tuple[Flip, ...]
     dropped: Dropped
     engines: dict[str, list[str]]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the hardware was measured, and all links that this many devices meet on."""
+        topology = self.question.topology
+        return topology.calibrated and all(
+            topology.levels[place].confidence == MEASURED for place in levels_in_use(self.question)
+        )
 
     @property
     def best(self) -> Candidate:
@@ -330,9 +339,10 @@ def levels_in_use(question: Question) -> list[int]:
     """Levels that some group of this many devices could meet on."""
     inside, used = 1, []
     for place, level in enumerate(question.topology.levels):
-        if question.devices > inside:
+        within = min(level.devices or question.devices, question.devices)
+        if within > inside:
             used.append(place)
-        inside = level.devices or question.devices
+        inside = within
     return used
 
 

@@ -14,7 +14,7 @@ devices gets depends on the shape:
     socket   bandwidth                            NUMA nodes of a machine
 
 A level may state measured bus bandwidth by group size (`by_group: {2: 20 GB/s, 8: 2 GB/s}`), which then counts instead, with the
-nearest smaller size for sizes between; `glm5-port probe` writes such tables.
+nearest smaller size for sizes between, times those efficiencies that are stated; `glm5-port probe` writes such tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from os import PathLike
 from pathlib import Path
 
 from glm5_port.errors import HardwareError, did_you_mean
+from glm5_port.operators.exchange import FORMS
 from glm5_port.parallel.description import Description
 from glm5_port.parallel.hardware import CONFIDENCES, DATA, UNKNOWN, Chip, chip_names, find_chip
 
@@ -33,10 +34,13 @@ SHAPES = (SWITCH, MESH, RING, PCIE, SOCKET)
 ANY = "any"
 """Devices of the outermost level: as many as there are."""
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+BY_LEVEL, ONE_RING = "by_level", "one_ring"
+"""How a library's collectives go over several levels: level by level where that is faster, as in NCCL and HCCL, or always in one
+ring through all ranks, as in gloo."""
 DEFAULT_EFFICIENCY = {"all_reduce": 0.8, "all_gather": 0.8, "reduce_scatter": 0.8, "all_to_all": 0.6, "send": 0.9}
 """Share of a link's rate that a collective reaches where the topology does not say. all_reduce: NCCL's 367 of 450 GB/s on H200;
 all_to_all: 268 of 450 there, and 0.65-0.75 in gloo; send: 22.5 of 25 GB/s on Ascend's RoCE."""
-EXCHANGES = ("all_reduce", "all_gather", "all_to_all", "deduplicated", "hierarchical")
+EXCHANGES = FORMS
 """Forms of the exchange of experts, explained in cost/moe_exchange.py."""
 
 
@@ -51,7 +55,7 @@ class Level:
         latency: seconds that one step of a collective takes for any size.
         bandwidth: bytes a second of one device in one direction, when all devices of the level take part.
         efficiency: collective -> share of the bandwidth that it reaches.
-        by_group: group size -> bytes a second that were measured as bus bandwidth; counts instead of shape and efficiency.
+        by_group: group size -> bytes a second that were measured as bus bandwidth; counts instead of bandwidth and shape.
         exchanges: forms of the exchange of experts that libraries offer over these links.
         quantised_exchange: whether tokens can be sent to experts in 8 bits over these links.
         source, confidence: of latency and bandwidth.
@@ -72,7 +76,8 @@ class Level:
     def rate(self, group: int, collective: str) -> float:
         """Bytes a second of one device in one direction, for a collective among `group` devices (or units of the level below)."""
         if self.by_group:
-            return self.by_group[max((size for size in self.by_group if size <= group), default=min(self.by_group))]
+            measured = self.by_group[max((size for size in self.by_group if size <= group), default=min(self.by_group))]
+            return measured * self.efficiency.get(collective, 1.0)
         share = 1.0
         if self.shape == MESH and self.devices > 1:
             share = min(1.0, (group - 1) / (self.devices - 1))
@@ -89,6 +94,7 @@ class Topology:
         name, title: what it is called.
         chip: the devices.
         levels: from the innermost; the last takes any number of devices.
+        collectives: "by_level" or "one_ring": how collectives go over several levels.
         tokens_overlap: whether communication runs beside compute without taking its units (copy engines, RDMA offload).
         calibrated: whether a probe measured this very hardware. Without, absolute times are estimates.
     """
@@ -97,6 +103,7 @@ class Topology:
     title: str
     chip: Chip
     levels: tuple[Level, ...]
+    collectives: str = BY_LEVEL
     tokens_overlap: bool = False
     calibrated: bool = False
 
@@ -152,6 +159,7 @@ def read_topology(path: str | PathLike[str]) -> Topology:
         title=file.text("title"),
         chip=find_chip(chip_line, Path(path).parent),
         levels=tuple(level for _, level in levels),
+        collectives=file.choice("collectives", (BY_LEVEL, ONE_RING)) if file.has("collectives") else BY_LEVEL,
         tokens_overlap=file.has("tokens_overlap") and file.choice("tokens_overlap", ("yes", "no")) == "yes",
         calibrated=file.has("calibrated") and file.choice("calibrated", ("yes", "no")) == "yes",
     )
@@ -164,7 +172,7 @@ def _level(part: Description) -> tuple[Description, Level]:
     count = part.integer("devices", or_else=ANY)
     bandwidth = part.quantity("bandwidth", "bandwidth")
     shared = part.integer("nic_shared_by") if part.has("nic_shared_by") else 1
-    efficiency = dict(DEFAULT_EFFICIENCY)
+    efficiency = {} if part.has("by_group") else dict(DEFAULT_EFFICIENCY)
     if part.has("efficiency"):
         own = part.part("efficiency")
         efficiency |= {name: own.fraction(name) for name in COLLECTIVES if own.has(name)}

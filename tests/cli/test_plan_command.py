@@ -65,7 +65,8 @@ def test_json_is_whole_and_alone(command_line, tmp_path: Path) -> None:
 
 def test_a_users_own_topology_and_a_config_file(command_line, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text((DATA / "topologies" / "hgx-h200.yaml").read_text().replace("chip: h200", "calibrated: yes\nchip: h200"))
+    described = (DATA / "topologies" / "hgx-h200.yaml").read_text().replace("confidence: datasheet", "confidence: measured")
+    own.write_text(described.replace("chip: h200", "calibrated: yes\nchip: h200"))
     config = tmp_path / "config.json"
     from glm5_port.config import released
 

@@ -6,10 +6,11 @@ nothing.
     send              a + S / b
     all-gather        sum over levels of a + (g - 1) / g  S / (g of the levels inside) / b        (reduce-scatter alike)
     all-reduce        reduce-scatter + all-gather
-    flat all-reduce   2 a + 2 (P - 1) / P  S / min(b inside, b outside x devices of a node)        one ring through all
+    one ring          a + (P - 1) / P  S / min(b inside, b outside x devices of a node)            through all; all-reduce twice
 
-all_reduce takes the faster of its two forms. Source: NCCL's and Megatron's accounting (the ring's volume);
-measured with gloo on emulated links, within 4 % (tests/parallel/test_published.py).
+all_reduce takes the faster of level by level and one ring; both take one ring where the topology says that its library knows
+nothing else. Source: NCCL's and Megatron's accounting (the ring's volume); measured with gloo on emulated links
+(tests/parallel/test_emulated_links.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from glm5_port.parallel.cost.step import Step
 from glm5_port.parallel.cost.terms import COMMUNICATION, NOTHING, Cost, term
 from glm5_port.parallel.plan import ALL_REDUCE, PREFILL
-from glm5_port.parallel.topology import Topology
+from glm5_port.parallel.topology import ONE_RING, Topology
 
 HIDDEN_BYTES = 2.0
 """Of an element of a hidden state between ranks."""
@@ -33,41 +34,40 @@ def send(topology: Topology, stride: int, size: float) -> Cost:
 def all_gather(topology: Topology, factors: tuple[int, ...], size: float, collective: str = "all_gather") -> Cost:
     """Every rank ends with S bytes, having begun with S / P; or, as reduce_scatter, the other way round.
 
-    sum over levels of a + (g - 1) / g  S / (g of the levels inside) / b
+    level by level: sum over levels of a + (g - 1) / g  S / (g of the levels inside) / b
     """
-    seconds = sent = 0.0
-    inside = 1
-    for level, group in zip(topology.levels, factors, strict=True):
-        if group > 1:
-            part = (group - 1) / group * size / inside
-            seconds += level.latency + part / level.rate(group, collective)
-            sent += part
-        inside *= group
-    return Cost(seconds, link_bytes=sent)
+    return _collective(topology, factors, size, collective, 1)
 
 
 def all_reduce(topology: Topology, factors: tuple[int, ...], size: float) -> Cost:
-    """Every rank ends with the sum of S bytes: the faster of level by level and one ring through all.
+    """Every rank ends with the sum of S bytes.
 
-    level by level: reduce-scatter inside, all-reduce outside, all-gather inside; flat: 2 a + 2 (P - 1) / P  S / the slowest
-    crossing
+    level by level: reduce-scatter inside, all-reduce outside, all-gather inside: twice the volume and the steps of all_gather
     """
+    return _collective(topology, factors, size, "all_reduce", 2)
+
+
+def _collective(topology: Topology, factors: tuple[int, ...], size: float, collective: str, rounds: int) -> Cost:
+    """Level by level, or in one ring through all: as the library does it, and all_reduce in the faster way where it has both."""
     seconds = sent = slowest_latency = 0.0
     inside, narrowest = 1, float("inf")
     for level, group in zip(topology.levels, factors, strict=True):
         if group > 1:
-            part = 2 * (group - 1) / group * size / inside
-            rate = level.rate(group, "all_reduce")
-            seconds += 2 * level.latency + part / rate
+            part = rounds * (group - 1) / group * size / inside
+            rate = level.rate(group, collective)
+            seconds += rounds * level.latency + part / rate
             sent += part
             narrowest = min(narrowest, rate * inside)  # a ring crosses here once, on as many NICs as devices lie inside
             slowest_latency = max(slowest_latency, level.latency)
         inside *= group
     if inside == 1:
         return NOTHING
-    ring = 2 * (inside - 1) / inside * size
-    flat = 2 * slowest_latency + ring / narrowest
-    return Cost(seconds, link_bytes=sent) if seconds <= flat else Cost(flat, link_bytes=ring)
+    volume = rounds * (inside - 1) / inside * size
+    ring = Cost(rounds * slowest_latency + volume / narrowest, link_bytes=volume)
+    by_level = Cost(seconds, link_bytes=sent)
+    if topology.collectives == ONE_RING:
+        return ring
+    return ring if collective == "all_reduce" and ring.seconds < seconds else by_level
 
 
 # --- terms -------------------------------------------------------------------------------------------------------------------
