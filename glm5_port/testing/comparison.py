@@ -28,6 +28,7 @@ class Outcome:
         reference: the same from the reference in the working dtype.
         gold: the same from the reference in float64.
         errors: filled by the comparison: measure -> value, for reports.
+        tie_rule: whether equal scores must be taken by the rule; False for an implementation that does not promise it.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Outcome:
     reference: Sequence[Tensor]
     gold: Sequence[Tensor]
     errors: dict[str, float] = field(default_factory=dict)
+    tie_rule: bool = True
 
 
 def compare_outputs(outcome: Outcome) -> list[str]:

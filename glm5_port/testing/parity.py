@@ -89,8 +89,8 @@ class Truth:
     reference: list[Tensor]
     gold: list[Tensor]
 
-    def judge(self, outputs: Sequence[Tensor]) -> tuple[list[str], dict[str, float]]:
-        """What is wrong with `outputs`, and the measured errors."""
+    def judge(self, outputs: Sequence[Tensor], *, tie_rule: bool = True) -> tuple[list[str], dict[str, float]]:
+        """What is wrong with `outputs`, and the measured errors. `tie_rule` as in `Outcome`."""
         if problems := self._check_untouched(outputs):
             return problems, {}
         outcome = Outcome(
@@ -102,6 +102,7 @@ class Truth:
             outputs=outputs,
             reference=self.reference,
             gold=self.gold,
+            tie_rule=tie_rule,
         )
         return (self.suite.compare or compare_outputs)(outcome), outcome.errors
 
@@ -183,7 +184,8 @@ def _judge(
     function = call_with_prepared(implementation, facts)
     here = to_device(truth.arguments, device)
     outputs, problems = observe(operator, function, here)
-    wrong, errors = truth.judge(outputs)
+    tie_rule = "tie_rule" in implementation.promises
+    wrong, errors = truth.judge(outputs, tie_rule=tie_rule)
     problems += wrong
     if problems:  # the remaining checks only repeat what is wrong already
         return problems, errors
@@ -192,7 +194,8 @@ def _judge(
     if suite.rows and not truth.case.tags & WIDTH:
         gaps = to_device({n: strided(v) if n in suite.rows else v for n, v in truth.arguments.items()}, device)
         problems += [
-            f"with non-contiguous {', '.join(suite.rows)}: {p}" for p in truth.judge(run_outputs(operator, function, gaps))[0]
+            f"with non-contiguous {', '.join(suite.rows)}: {p}"
+            for p in truth.judge(run_outputs(operator, function, gaps), tie_rule=tie_rule)[0]
         ]
     if implementation.differentiable and truth.dtype == torch.float32 and not truth.case.tags & WIDTH:
         problems += _check_gradients(truth, function, device)

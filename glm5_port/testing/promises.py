@@ -1,7 +1,7 @@
 """The checks behind `glm5_port.registry.PROMISES`: an implementation that makes a promise is held to it, on every case.
 
 A promise whose check cannot run for an operator counts as broken: nobody may rely on what nobody can test.
-`tie_rule` needs no check of its own, since the suites compare ties exactly; it needs cases that have them (`TIES`).
+`tie_rule` needs no check of its own, since the suites then compare ties exactly; it needs cases that have them (`TIES`).
 """
 
 from __future__ import annotations

@@ -39,8 +39,16 @@ def _defined(version: str) -> tuple[torch.library.Library, Any]:
         if name not in BODIES:
             continue
         library.define(schema)
-        library.impl(name, BODIES[name], "CompositeExplicitAutograd")
+        library.impl(name, _with_defaults(schema, BODIES[name]), "CompositeExplicitAutograd")
     return library, getattr(torch.ops, namespace)
+
+
+def _with_defaults(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch leaves out arguments that equal their default; bodies get all of them."""
+    arguments = torch._C.parse_schema(f"npu::{schema}").arguments
+    by_place = [a.default_value for a in arguments if not a.kwarg_only]
+    by_name = {a.name: a.default_value for a in arguments if a.kwarg_only}
+    return lambda *args, **kwargs: function(*args, *by_place[len(args) :], **(by_name | kwargs))
 
 
 class HostTorchNpu:
@@ -119,3 +127,144 @@ def npu_format_cast(x: Tensor, acl_format: int, **_: Any) -> Tensor:
 def npu_scatter_nd_update_(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     x[tuple(indices.long().unbind(-1))] = updates
     return x
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------
+
+
+def _halves_of_pairs(x: Tensor) -> Tensor:
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
+@body
+def npu_mla_prolog_v3(
+    token_x: Tensor, weight_dq: Tensor, weight_uq_qr: Tensor, weight_uk: Tensor, weight_dkv_kr: Tensor,
+    rmsnorm_gamma_cq: Tensor, rmsnorm_gamma_ckv: Tensor, rope_sin: Tensor, rope_cos: Tensor, kv_cache: Tensor, kr_cache: Tensor,
+    *, rmsnorm_epsilon_cq: float, rmsnorm_epsilon_ckv: float, cache_mode: str, query_norm_flag: bool, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert cache_mode == "TND" and query_norm_flag
+    heads, nope, latent = weight_uk.shape
+    x, cos, sin = token_x.float(), rope_cos.float(), rope_sin.float()
+
+    def rotated(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return npu_rotary_mul(_halves_of_pairs(pairs), cos, sin)
+
+    query_norm, _ = npu_rms_norm(x @ weight_dq.float(), rmsnorm_gamma_cq, rmsnorm_epsilon_cq)
+    query = (query_norm.to(token_x.dtype).float() @ weight_uq_qr.float()).unflatten(-1, (heads, -1))
+    query_latent = torch.einsum("thn,hnc->thc", query[..., :nope], weight_uk.float())
+    query_rope = rotated(query[..., nope:], cos[:, None], sin[:, None])
+    row = x @ weight_dkv_kr.float()
+    kv_cache.copy_(npu_rms_norm(row[:, :latent], rmsnorm_gamma_ckv, rmsnorm_epsilon_ckv)[0].unsqueeze(1))
+    kr_cache.copy_(rotated(row[:, latent:], cos, sin).unsqueeze(1))
+    nothing = token_x.new_empty(0)
+    like = [t.to(token_x.dtype) for t in (query_latent, query_rope, query_norm)]
+    return like[0], like[1], nothing, like[2], nothing.clone()
+
+
+def _sequences(ends: Any, lengths: Any) -> Iterator[tuple[int, int, int, int]]:
+    """(sequence, first row, one past the last row, cached tokens)."""
+    first = 0
+    for sequence, (end, length) in enumerate(zip(list(map(int, ends)), list(map(int, lengths)), strict=True)):
+        assert first <= end
+        yield sequence, first, end, length
+        first = end
+
+
+def _rows(cache: Tensor, table: Tensor, sequence: int, length: int) -> Tensor:
+    """The first `length` rows of a sequence; entries of the table beyond them are not looked at."""
+    page_size = cache.shape[1]
+    pages = table[sequence, : -(-length // page_size)].long()
+    return cache[pages].flatten(0, 1)[:length].squeeze(1)
+
+
+@body
+def npu_lightning_indexer(
+    query: Tensor, key: Tensor, weights: Tensor, *, actual_seq_lengths_query: Tensor, actual_seq_lengths_key: Tensor,
+    block_table: Tensor, layout_query: str, layout_key: str, sparse_count: int, sparse_mode: int, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Descending by score; of equal ones the last position first, which the documents allow and the tie rule forbids."""
+    found = torch.full((query.shape[0], 1, sparse_count), -1, dtype=torch.int32)
+    for sequence, first, end, length in _sequences(actual_seq_lengths_query, actual_seq_lengths_key):
+        keys = _rows(key, block_table, sequence, length).float()
+        for row in range(first, end):
+            visible = length - (end - first) + (row - first) + 1
+            if visible <= 0:
+                continue
+            scores = (torch.relu(query[row].float() @ keys[:visible].T) * weights[row].float()[:, None]).sum(0)
+            order = (scores.shape[0] - 1) - scores.flip(0).sort(descending=True, stable=True).indices[:sparse_count]
+            found[row, 0, : order.shape[0]] = order.to(torch.int32)
+    return found, query.new_empty(0)
+
+
+def _attend(query: Tensor, keys: Tensor, width: int, scale: float) -> Tensor:
+    """[H, D] over keys [U, D], whose first `width` channels are the values."""
+    weights = torch.softmax(query.float() @ keys.T * scale, dim=-1)
+    return (weights @ keys[:, :width]).to(query.dtype)
+
+
+def _sparse(
+    query: Tensor, width: int, rows: Callable[[int, int], Tensor], sparse_indices: Tensor, scale: float, sparse_mode: int,
+    ends: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    out = torch.full((*query.shape[:2], width), torch.nan, dtype=query.dtype)
+    for sequence, first, end, length in _sequences(ends, lengths):
+        keys = rows(sequence, length)
+        for row in range(first, end):
+            indices = sparse_indices[row, 0]
+            count = int((indices >= 0).sum())
+            assert (indices[:count] >= 0).all(), "valid indices come first"
+            indices = indices[:count].long()
+            if sparse_mode == 3:
+                indices = indices[indices <= length - (end - first) + (row - first)]
+            if len(indices):
+                out[row] = _attend(query[row], keys[indices], width, scale)
+    return out
+
+
+@body
+def npu_sparse_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, sparse_indices: Tensor, scale_value: float, *, block_table: Tensor,
+    actual_seq_lengths_query: Tensor, actual_seq_lengths_kv: Tensor, query_rope: Tensor, key_rope: Tensor, sparse_mode: int,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def rows(sequence: int, length: int) -> Tensor:
+        return torch.cat([_rows(c, block_table, sequence, length).float() for c in (key, key_rope)], dim=-1)
+
+    both = torch.cat((query, query_rope), dim=-1)
+    out = _sparse(
+        both, query.shape[-1], rows, sparse_indices, scale_value, sparse_mode, actual_seq_lengths_query, actual_seq_lengths_kv
+    )
+    return out, query.new_empty(0), query.new_empty(0)
+
+
+@body
+def npu_kv_quant_sparse_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, sparse_indices: Tensor, scale_value: float, key_quant_mode: int,
+    value_quant_mode: int, *, block_table: Tensor, actual_seq_lengths_query: Tensor, actual_seq_lengths_kv: Tensor,
+    sparse_mode: int, **_: Any,
+) -> Tensor:  # fmt: skip
+    def rows(sequence: int, length: int) -> Tensor:
+        packed = _rows(key, block_table, sequence, length)
+        values = packed[:, :512].float().unflatten(-1, (4, 128))
+        rope = packed[:, 512:640].contiguous().view(query.dtype).float()
+        scales = packed[:, 640:].contiguous().view(torch.float32)
+        return torch.cat(((values * scales[..., None]).flatten(1), rope), dim=-1)
+
+    return _sparse(query, 512, rows, sparse_indices, scale_value, sparse_mode, actual_seq_lengths_query, actual_seq_lengths_kv)
+
+
+@body
+def npu_fused_infer_attention_score(
+    query: Tensor, key: Tensor, value: Tensor, *, atten_mask: Tensor, actual_seq_lengths: list[int],
+    actual_seq_lengths_kv: list[int], block_table: Tensor, query_rope: Tensor, key_rope: Tensor, scale: float, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert not atten_mask.tril().any() and atten_mask[0, 1:].all()
+    out = torch.full_like(query, torch.nan)
+    both = torch.cat((query, query_rope), dim=-1)
+    for sequence, first, end, length in _sequences(actual_seq_lengths, actual_seq_lengths_kv):
+        keys = [_rows(c.transpose(1, 2), block_table, sequence, length).float() for c in (key, key_rope)]
+        for row in range(first, end):
+            visible = length - (end - first) + (row - first) + 1
+            if visible > 0:
+                out[row] = _attend(both[row], torch.cat(keys, dim=-1)[:visible], query.shape[-1], scale)
+    return out, query.new_empty(0)

@@ -119,13 +119,13 @@ LIGHTNING_INDEXER = VendorOperator(
         Rule(
             "sparse_count",
             "sparse_count of 1 to 2048, or 3072 to 8192 in whole 1024s",
-            lambda sparse_count, **_: _sparse_count_fits(sparse_count),
+            lambda sparse_count, **_: sparse_count_fits(sparse_count),
         ),
     ),
 )
 
 
-def _sparse_count_fits(count: int) -> bool:
+def sparse_count_fits(count: int) -> bool:
     return 1 <= count <= 2048 or (3072 <= count <= 8192 and count % 1024 == 0)
 
 
@@ -154,7 +154,7 @@ _SPARSE_ATTENTION_RULES = (
     of_dtype("actual_seq_lengths_kv", torch.int32),
     value("layout_query", "TND"),
     value("layout_kv", "PA_BSND"),
-    value("sparse_mode", 3),
+    value("sparse_mode", 0, 3),
     value("sparse_block_size", 1),
     value("attention_mode", 2),  # 0 by default, which no chip supports
 )
