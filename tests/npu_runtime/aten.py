@@ -36,7 +36,7 @@ NATIVE = frozenset(
     }
 )
 """Operators of aten that torch_npu computes without a kernel, or by way of others."""
-FORMAT_NZ = 29
+FORMAT_ND, FORMAT_NZ = 2, 29
 
 _library: torch.library.Library | None = None
 

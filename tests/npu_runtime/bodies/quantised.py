@@ -1,0 +1,151 @@
+"""Quantised products, and the quantisation of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.npu_runtime.bodies.calling import body, require, undefined
+
+NARROW = (torch.float16, torch.bfloat16)
+WIDEST = 65535
+RESULTS = {None: torch.int8, 1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
+"""torch's numbers of dtypes that the quantised product may return."""
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """[..., 8 n] int8 of [..., n] int32: nibble i of word j is column 8 j + i, two's complement."""
+    nibbles = torch.stack([(words >> (4 * place)) & 0xF for place in range(8)], dim=-1).flatten(-2)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8)
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """float32 numbers whose bits lie in the low half of int64."""
+    return scale.contiguous().view(torch.float32)[..., ::2].contiguous()
+
+
+def antiquantised(weight: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(weight + offset) * scale, rounded to the dtype of the rows that it multiplies; in float32. Scales by column, or by column
+    and group of inputs."""
+    shifted = weight.float()
+    if scale.dim() == 2 and scale.shape[0] > 1:
+        require(weight.shape[0] % scale.shape[0] == 0 or scale.dim() == 2, "groups of inputs")
+        size = -(-weight.shape[0] // scale.shape[0])
+        scale = scale.repeat_interleave(size, dim=0)[: weight.shape[0]]
+        offset = None if offset is None else offset.repeat_interleave(size, dim=0)[: weight.shape[0]]
+    shifted = shifted if offset is None else shifted + offset.float()
+    return (shifted * scale.float()).to(dtype).float()
+
+
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scale of each row: the largest magnitude / 127. A row of zeros has scale 0 and codes that nobody defined."""
+    scale = x.abs().amax(-1) / 127
+    codes = (x / scale[..., None]).round()
+    return torch.where((scale > 0)[..., None], codes, undefined(x.shape, torch.int8).float()).to(torch.int8), scale
+
+
+@body("npu_dynamic_quant", kernels=("aclnnDynamicQuant", "aclnnDynamicQuantV2", "aclnnDynamicQuantV4"))
+def dynamic_quant(a: Any) -> tuple[Tensor, Tensor]:
+    require(a.input.dtype in NARROW, "input of 16 bits")
+    require(a.input.dim() >= 2 and a.input.numel() > 0, "two dimensions or more, not empty")
+    require(a.dst_type in (None, 1) and a.quant_mode == "pertoken", "no body but int8 by row")
+    x = a.input.float()
+    if a.smooth_scales is not None:
+        require(a.smooth_scales.dtype == a.input.dtype, "smooth_scales in the dtype of input")
+        x = x * _smooth(a, x)
+    return quantised_rows(x)
+
+
+def _smooth(a: Any, x: Tensor) -> Tensor:
+    if a.group_index is None:
+        return a.smooth_scales.float()
+    ends = a.group_index.tolist()
+    counts = torch.tensor([end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+    require(ends == sorted(ends) and ends[-1] == x.numel() // x.shape[-1], "group_index that ends at the last row")
+    return a.smooth_scales.float().repeat_interleave(counts, dim=0).view_as(x)
+
+
+@body(
+    "npu_quant_matmul",
+    kernels=("aclnnQuantMatmulV3", "aclnnQuantMatmulV4", "aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz"),
+)
+def quant_matmul(a: Any) -> Tensor:
+    require(a.x1.dtype == a.x2.dtype and a.x1.dtype in (torch.int8, torch.int32), "x1 and x2 of int8, or both packed")
+    require(all(t.numel() > 0 for t in (a.x1, a.x2, a.scale)), "no empty tensors")
+    require(a.x1.shape[-1] <= WIDEST and a.x2.shape[-1] <= WIDEST, "last dimensions of 65535 at most")
+    require(a.scale.dtype in (torch.float32, torch.bfloat16, torch.int64) and a.scale.dim() == 1, "scale of one dimension")
+    require(a.output_dtype in RESULTS and not a.group_sizes and a.y_scale is None, "a result with a body")
+    dtype = RESULTS[a.output_dtype]
+    require(dtype != torch.bfloat16 or a.scale.dtype != torch.int64, "scale of float32 or bfloat16 for results of bfloat16")
+    require(a.pertoken_scale is None or a.pertoken_scale.dtype == torch.float32, "pertoken_scale of float32")
+    left, right = (unpacked(t) if t.dtype == torch.int32 else t for t in (a.x1, a.x2))
+    product, bias = left.double() @ right.double(), a.bias
+    if bias is not None and bias.dtype == torch.int32:
+        product, bias = product + bias.double(), None
+    if dtype == torch.int32:
+        return product.to(torch.int32)
+    out = product.float() * (scale_values(a.scale) if a.scale.dtype == torch.int64 else a.scale.float())
+    out = out if a.pertoken_scale is None else out * a.pertoken_scale[..., None]
+    out = out if bias is None else out + bias.float()
+    out = out if a.offset is None else out + a.offset.float()
+    return out.round().clamp(-128, 127).to(torch.int8) if dtype == torch.int8 else out.to(dtype)
+
+
+@body(
+    "npu_weight_quant_batchmatmul",
+    kernels=("aclnnWeightQuantBatchMatmulV2", "aclnnWeightQuantBatchMatmulV3", "aclnnWeightQuantBatchMatmulNz"),
+    chips=("A2", "A3"),
+)
+def weight_quant_batchmatmul(a: Any) -> Tensor:
+    weight = unpacked(a.weight) if a.weight.dtype == torch.int32 else a.weight
+    inputs, outputs, group = *weight.shape, a.antiquant_group_size
+    require(a.x.dim() == 2 and a.x.dtype in NARROW, "x of two dimensions and 16 bits")
+    require(weight.dtype == torch.int8 and a.x.shape[1] == inputs, "weight of int8 or packed int32, as deep as x")
+    require(inputs <= WIDEST and outputs <= WIDEST and a.inner_precise in (0, 1), "65535 inputs and outputs at most")
+    require(group == 0 or (32 <= group <= inputs - 1 and group % 32 == 0), "groups of 32 to inputs - 1 in whole 32s, or 0")
+    require(a.antiquant_scale.dtype == a.x.dtype, "antiquant_scale in the dtype of x")
+    scale = a.antiquant_scale.reshape(-1, outputs) if a.antiquant_scale.numel() > 1 else a.antiquant_scale
+    require(group == 0 or scale.shape == (-(-inputs // group), outputs), "a scale for each group of inputs")
+    offset = None if a.antiquant_offset is None else a.antiquant_offset.reshape(scale.shape)
+    require(a.quant_scale is None and a.quant_offset is None, "no body with a quantised result")
+    if group:
+        decoded = antiquantised(weight, *(_by_input(t, group, inputs) for t in (scale, offset)), a.x.dtype)
+    else:
+        decoded = antiquantised(weight, scale, offset, a.x.dtype)
+    require(a.bias is None or a.bias.dtype == (torch.float32 if a.x.dtype == torch.bfloat16 else torch.float16), "bias dtype")
+    out = a.x.float() @ decoded
+    return (out if a.bias is None else out + a.bias.float()).to(a.x.dtype)
+
+
+def _by_input(values: Tensor | None, group: int, inputs: int) -> Tensor | None:
+    return None if values is None else values.repeat_interleave(group, dim=0)[:inputs]
+
+
+@body("npu_dequant_swiglu_quant", kernels=("aclnnDequantSwigluQuant", "aclnnDequantSwigluQuantV2"))
+def dequant_swiglu_quant(a: Any) -> tuple[Tensor, Tensor]:
+    tokens, half = a.x.shape[0], a.x.shape[1] // 2
+    require(a.x.dim() == 2 and a.x.dtype in (torch.int32, *NARROW), "x of two dimensions")
+    require(a.swiglu_mode == 0 and a.quant_mode == 1 and a.dst_type in (None, 1), "no body but plain swiglu to dynamic int8")
+    require(a.bias is None and a.quant_offset is None, "no body with bias or offset")
+    x, rows = a.x.float(), tokens
+    if a.group_index is not None:
+        require(half % 64 == 0 and half <= 10496, "whole 64s, 10496 at most, with groups")
+        counts = a.group_index
+        rows = int(counts.sum())
+        require(rows <= tokens and counts.dtype == torch.int64, "counts of int64 that fit the rows")
+        groups = torch.arange(counts.numel()).repeat_interleave(counts)
+    else:
+        groups = torch.zeros(rows, dtype=torch.long)
+    x = x[:rows]
+    if a.x.dtype == torch.int32:
+        require(a.weight_scale is not None and a.activation_scale is not None, "both scales for x of int32")
+        x = x * a.weight_scale.reshape(-1, 2 * half)[groups] * a.activation_scale.reshape(-1, 1)[:rows]
+    first, second = x.chunk(2, dim=-1)
+    out = F.silu(first) * second if a.activate_left else F.silu(second) * first
+    out = out if a.quant_scale is None else out * a.quant_scale.float().reshape(-1, half)[groups]
+    codes, scale = undefined((tokens, half), torch.int8), undefined((tokens,), torch.float32)
+    codes[:rows], scale[:rows] = quantised_rows(out)
+    return codes, scale
