@@ -55,7 +55,11 @@ class PlanError(Glm5PortError, ValueError):
 
 
 class RankMismatchError(Glm5PortError, RuntimeError):
-    """Ranks of one process group chose different implementations."""
+    """Ranks of one process group differ in what they chose, were given or computed."""
+
+
+class RankLostError(Glm5PortError, RuntimeError):
+    """Another rank of the process group stopped, or did not answer in time."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -40,7 +40,8 @@ class Glm5Model(Generation, nn.Module):
         device, dtype: where and in what it computes.
         cache_format, block_size, max_context: how it caches.
         int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16) or "int8" (W4A8).
-        mtp: the draft layer, or None.
+        speculates: whether generation drafts with the MTP layer.
+        mtp: that layer, or None; of several stages the last has it.
         ranks: how it shares its work with other ranks; alone unless a plan says otherwise.
         part: what of the model is here.
         source: directory of the checkpoint that it was loaded from, if any.
@@ -94,7 +95,8 @@ class Glm5Model(Generation, nn.Module):
         self.norm = Norm(config, bind) if part.has_head else None
         self.head = BoundLayer(bind(ops.linear, width_out=part.vocabulary)) if part.has_head else None
         self.embedding: nn.Parameter | None = None  # set while loading
-        self.mtp = MtpLayer(part.config, bind, options) if mtp else None
+        self.speculates = mtp
+        self.mtp = MtpLayer(part.config, bind, options) if mtp and part.has_head else None
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -135,12 +137,31 @@ class Glm5Model(Generation, nn.Module):
         return self.ranks.choose(sampling, self.head, hidden_BD, sequences, positions)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        return F.embedding(tokens_T, self._embedding())
-
-    def _embedding(self) -> Tensor:
+        """[T] token ids -> [T, D]."""
         if self.embedding is None:
             raise InputError("this model has no weights yet: build it with glm5_port.load(path)")
-        return self.embedding
+        return F.embedding(tokens_T, self.embedding)
+
+    def draft(
+        self, hidden_TD: Tensor, tokens_T: Tensor, batch: Batch, cache: PagedCache, indices_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass of the MTP layer over a step's tokens, writing its cache.
+
+        Args:
+            hidden_TD: [T, D], the trunk's hidden states, or the last draft's.
+            tokens_T: the tokens after them.
+            indices_TK: the selection of the first draft where drafts share it, else None.
+
+        Returns:
+            [T, D] and the selection [T, K], whose rows are right where this rank's attention computes them.
+        """
+        if self.mtp is None:
+            return torch.zeros_like(hidden_TD), None
+        ranks = self.ranks
+        embedded_TD = ranks.embed(tokens_T, self.embedding, batch)
+        here_TK = ranks.rows_here(indices_TK, batch)
+        out_TD, here_TK = self.mtp(ranks.carry(hidden_TD, batch), embedded_TD, self.locate(batch), cache.layers[-1], here_TK)
+        return ranks.collect(out_TD, batch), ranks.rows_of_step(here_TK, batch)
 
     def new_cache(self, tokens: Sequence[int]) -> PagedCache:
         """A cache with room for sequences of the given final lengths."""

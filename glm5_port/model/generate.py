@@ -140,7 +140,7 @@ class Generation:
             raise InputError(
                 f"max_new_tokens must be at least 0 and draft_tokens at least 1, got {max_new_tokens} and {draft_tokens}"
             )
-        if model.mtp is not None and draft_tokens >= MAX_STEP_TOKENS:
+        if model.speculates and draft_tokens >= MAX_STEP_TOKENS:
             raise InputError(f"draft_tokens={draft_tokens}: a step holds {MAX_STEP_TOKENS} tokens, one of which is no draft")
         lists = _prompt_lists(prompts)
         for row, prompt in enumerate(lists):
@@ -169,7 +169,7 @@ class Generation:
         with torch.inference_mode():
             emissions = session.prefill(sequences)
         yield emissions
-        advance, each = (session.decode, 1) if model.mtp is None else (session.verify_drafts, 1 + draft_tokens)
+        advance, each = (session.decode, 1) if not model.speculates else (session.verify_drafts, 1 + draft_tokens)
         together = MAX_STEP_TOKENS // each  # operators were promised steps of no more tokens
         while active := [s for s in sequences if s.finished is None]:
             with torch.inference_mode():
@@ -229,14 +229,14 @@ class _Session:
                 self._remember(sequence, hidden)
             done = [place for place, s in enumerate(members) if s.cached == len(s.tokens)]
             waiting = [s for s in waiting if s.cached < len(s.tokens)]
-            if self.model.mtp is not None:
+            if self.model.speculates:
                 self._digest(members)
             if done:
                 emissions += self._choose([members[place] for place in done], last_BD[done])
         return emissions
 
     def _remember(self, sequence: _Sequence, hidden_TD: Tensor) -> None:
-        if self.model.mtp is not None:
+        if self.model.speculates:
             pending = sequence.pending_TD
             sequence.pending_TD = hidden_TD if pending is None else torch.cat([pending, hidden_TD])
 
@@ -298,8 +298,7 @@ class _Session:
         model = self.model
         batch = self.cache.batch(spans)
         tokens_T = torch.tensor(tokens, dtype=torch.int64, device=model.device)
-        layer = cast(torch.nn.Module, model.mtp)
-        out_TD, indices_TK = layer(hidden_TD, model.embed(tokens_T), model.locate(batch), self.cache.layers[-1], indices_BK)
+        out_TD, indices_TK = model.draft(hidden_TD, tokens_T, batch, self.cache, indices_BK)
         last = batch.last_rows_B
         return out_TD[last], None if indices_TK is None else indices_TK[last]
 
@@ -339,8 +338,9 @@ class _Session:
         alive = [i for i, count in enumerate(wanted) if count > 0]
         out_BD, indices_BK = self._rows(out_BD, indices_BK, alive)
         while alive:
-            for i, token in zip(alive, self.model.logits(out_BD).argmax(-1).tolist(), strict=True):
-                drafts[i].append(int(token))
+            rows, positions = [active[i].row for i in alive], [len(active[i].tokens) + len(drafts[i]) for i in alive]
+            for i, token in zip(alive, self.model.choose(Sampling(), out_BD, rows, positions), strict=True):
+                drafts[i].append(token)
             keep = [place for place, i in enumerate(alive) if len(drafts[i]) < wanted[i]]
             alive = [alive[place] for place in keep]
             if not alive:

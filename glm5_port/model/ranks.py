@@ -6,6 +6,7 @@ The model is written for one rank. At the points below it asks its `Ranks`, and 
     part                what the layers of this rank are made of
     new_cache           sequences and layers of this rank; its batches say which of a step's tokens are computed here
     enter, leave        tokens -> hidden states of this rank's rows, from the embedding or the stage before; and back to all rows
+    carry, collect, rows_here, rows_of_step      the same for what the MTP layer reads and returns
     gather, add_up      around a block whose weights are divided (attention, dense MLP): rows of the block, sum of its parts
     share_cache         rows of the cache that other ranks computed
     exchange            tokens to their experts and back
@@ -107,14 +108,33 @@ class Ranks:
 
     def enter(self, tokens_T: Tensor, embedding: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Returns: hidden states [t, D] of the rows that this rank carries, and the last selection [T, K] of the stage before."""
-        return F.embedding(tokens_T, _loaded(embedding)), None
+        return self.embed(tokens_T, embedding, batch), None
+
+    def embed(self, tokens_T: Tensor, embedding: Tensor | None, batch: Batch) -> Tensor:
+        """Embeddings [t, D] of the rows that this rank carries."""
+        return F.embedding(tokens_T, _loaded(embedding))
 
     def leave(
         self, block_TD: Tensor, residual_TD: Tensor, indices_TK: Tensor | None, batch: Batch, norm: Callable[..., Any] | None
     ) -> Tensor:
         """Returns: hidden states of all tokens after the final norm, on the ranks that have a head."""
-        normed_TD: Tensor = _loaded(norm)(block_TD, residual_TD)[0]
-        return normed_TD
+        return self.collect(_loaded(norm)(block_TD, residual_TD)[0], batch)
+
+    def collect(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """[t, D] of the rows that this rank carries -> [T, D] of the step."""
+        return hidden_TD
+
+    def carry(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """The way back of `collect`."""
+        return hidden_TD
+
+    def rows_here(self, rows_TK: Tensor | None, batch: Batch) -> Tensor | None:
+        """Of a step's rows, those that this rank's attention computes."""
+        return rows_TK
+
+    def rows_of_step(self, rows_TK: Tensor | None, batch: Batch) -> Tensor | None:
+        """The way back of `rows_here`; rows of other ranks hold anything."""
+        return rows_TK
 
     def gather(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """The rows that a divided block computes, from those that each rank carries."""

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glm5_port.errors import RankLostError
+
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -41,6 +43,19 @@ class Sent:
 
 
 _records: list[list[Sent]] = []
+
+
+@contextlib.contextmanager
+def answered(collective: str, purpose: str) -> Iterator[None]:
+    """Within the context, what a collective raises says that a rank was lost.
+
+    Raises:
+        RankLostError: another rank stopped or did not answer within the group's timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"another rank stopped or did not answer ({collective} for {purpose}): {error}") from error
 
 
 @contextlib.contextmanager
@@ -71,7 +86,8 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
     x = x.contiguous()
     gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
     _note("all_gather", ranks, _bytes(x) * (ranks - 1), purpose)
-    _gather_into(gathered, x, group=group)
+    with answered("all_gather", purpose):
+        _gather_into(gathered, x, group=group)
     return gathered
 
 
@@ -84,10 +100,12 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
     _note("reduce_scatter", ranks, _bytes(x) * (ranks - 1) / ranks, purpose)
     if dist.get_backend(group) == "gloo":
         parts = torch.empty_like(x)
-        dist.all_to_all_single(parts, x, group=group)
+        with answered("reduce_scatter", purpose):
+            dist.all_to_all_single(parts, x, group=group)
         return sum_parts(parts.unflatten(0, (ranks, -1)), x.dtype)
     scattered = x.new_empty((x.shape[0] // ranks, *x.shape[1:]))
-    _scatter_from(scattered, x, group=group)
+    with answered("reduce_scatter", purpose):
+        _scatter_from(scattered, x, group=group)
     return scattered
 
 
@@ -106,7 +124,8 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
         return x
     x = x.contiguous()
     _note("all_reduce", ranks, 2 * _bytes(x) * (ranks - 1) / ranks, purpose)
-    dist.all_reduce(x, group=group)
+    with answered("all_reduce", purpose):
+        dist.all_reduce(x, group=group)
     return x
 
 
@@ -124,7 +143,8 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: di
     rows = x.shape[0] - send[group.rank()]
     _note("all_to_all", ranks, _bytes(x) / max(x.shape[0], 1) * rows, purpose)
     arrived = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)
+    with answered("all_to_all", purpose):
+        dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)
     return arrived
 
 
@@ -134,17 +154,29 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
         return counts
     arrived = counts.clone()
     _note("all_to_all", group.size(), _bytes(counts) * (1 - 1 / group.size()), "bookkeeping")
-    dist.all_to_all_single(arrived, counts.contiguous(), group=group)
+    with answered("all_to_all", "bookkeeping"):
+        dist.all_to_all_single(arrived, counts.contiguous(), group=group)
     return arrived
 
 
 def send(x: Tensor, to: int, group: dist.ProcessGroup, purpose: str) -> None:
     """To a rank of the world."""
     _note("send", 2, _bytes(x), purpose)
-    dist.send(x.contiguous(), to, group=group)
+    with answered("send", purpose):
+        dist.send(x.contiguous(), to, group=group)
 
 
-def receive(like: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
+def receive(like: Tensor, source: int, group: dist.ProcessGroup, purpose: str = "bookkeeping") -> Tensor:
     """From a rank of the world, into `like`."""
-    dist.recv(like, source, group=group)
+    with answered("receive", purpose):
+        dist.recv(like, source, group=group)
     return like
+
+
+def broadcast(x: Tensor, source: int, group: dist.ProcessGroup, purpose: str) -> Tensor:
+    """`x` of a rank of the world, into `x` of the others."""
+    if group.size() > 1:
+        _note("broadcast", group.size(), _bytes(x), purpose)
+        with answered("broadcast", purpose):
+            dist.broadcast(x, source, group=group)
+    return x

@@ -85,7 +85,7 @@ class PlanRanks(Ranks):
         loads = loads or {}
         self.placements = {
             layer: place(config.n_routed_experts, layout.expert, layout.redundant_experts, loads.get(layer))
-            for layer in config.moe_layers
+            for layer in (*config.moe_layers, *([] if config.mtp_layer is None else [config.mtp_layer]))
         }
         self._digest = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -105,7 +105,7 @@ class PlanRanks(Ranks):
             expert_width=config.moe_intermediate_size // layout.expert_tensor,
             shared_width=config.shared_intermediate_size // (layout.tensor if self.whole else 1),
             vocabulary=config.vocab_size // layout.tensor,
-            has_embedding=self.first,
+            has_embedding=self.first or (self.last and layout.drafts > 0),
             has_head=self.last,
         )
 
@@ -142,18 +142,13 @@ class PlanRanks(Ranks):
     def enter(self, tokens_T: Tensor, embedding: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         step = _rank(batch)
         if self.first:
-            if embedding is None:
-                raise InputError("this model has no weights yet: build it with glm5_port.load(path)")
-            local_A = tokens_T[step.rows_T] - self.at["tensor"] * embedding.shape[0]
-            here_A = (local_A >= 0) & (local_A < embedding.shape[0])
-            found_AD = F.embedding(torch.where(here_A, local_A, 0), embedding) * here_A.unsqueeze(1)
-            return self.add_up(found_AD, batch, "vocabulary"), None
+            return self.embed(tokens_T, embedding, batch), None
         width, source = self.config.hidden_size, self.rank - self.layout.stage_ranks
         hidden_TD = torch.empty(step.carried, width, dtype=self.dtype, device=self.device)
         if self.whole:
             hidden_TD = self._receive_rows(step.carried, width, self.dtype, source)
         else:
-            collectives.receive(hidden_TD, source, self.pipeline)
+            collectives.receive(hidden_TD, source, self.pipeline, "pipeline")
         indices_AK: Tensor | None = None
         if self._shares_indices(self.at["pipeline"]):
             indices_AK = self._receive_rows(len(batch.positions_T), self.config.index_topk, torch.int32, source)
@@ -164,8 +159,7 @@ class PlanRanks(Ranks):
     ) -> Tensor:
         step = _rank(batch)
         if self.last:
-            hidden_TD = super().leave(block_TD, residual_TD, indices_TK, batch, norm)
-            return hidden_TD if self.whole else collectives.all_gather(hidden_TD, self.stage, "bookkeeping")[step.places_T]
+            return super().leave(block_TD, residual_TD, indices_TK, batch, norm)
         total_TD, to = block_TD + residual_TD, self.rank + self.layout.stage_ranks
         if self.whole:
             self._send_rows(total_TD, to)
@@ -174,6 +168,36 @@ class PlanRanks(Ranks):
         if self._shares_indices(self.at["pipeline"] + 1):
             self._send_rows(cast(Tensor, indices_TK), to)
         return total_TD.new_zeros(step.tokens, total_TD.shape[1])
+
+    def embed(self, tokens_T: Tensor, embedding: Tensor | None, batch: Batch) -> Tensor:
+        if embedding is None:
+            raise InputError("this model has no weights yet: build it with glm5_port.load(path)")
+        local_A = tokens_T[_rank(batch).rows_T] - self.at["tensor"] * embedding.shape[0]
+        here_A = (local_A >= 0) & (local_A < embedding.shape[0])
+        found_AD = F.embedding(torch.where(here_A, local_A, 0), embedding) * here_A.unsqueeze(1)
+        return self.add_up(found_AD, batch, "vocabulary")
+
+    def collect(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        if self.whole:
+            return hidden_TD
+        return collectives.all_gather(hidden_TD, self.stage, "bookkeeping")[_rank(batch).places_T]
+
+    def carry(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        if self.whole:
+            return hidden_TD
+        step = _rank(batch)
+        mine_AD = hidden_TD[step.rows_T]
+        padded = F.pad(mine_AD, (0, 0, 0, step.carried * self.layout.tensor - mine_AD.shape[0]))
+        return padded[self.at["tensor"] * step.carried :][: step.carried]
+
+    def rows_here(self, rows_TK: Tensor | None, batch: Batch) -> Tensor | None:
+        return None if rows_TK is None else rows_TK[_rank(batch).rows_T]
+
+    def rows_of_step(self, rows_TK: Tensor | None, batch: Batch) -> Tensor | None:
+        if rows_TK is None:
+            return None
+        step = _rank(batch)
+        return rows_TK.new_full((step.tokens, rows_TK.shape[1]), -1).index_copy(0, step.rows_T, rows_TK)
 
     def _shares_indices(self, stage: int) -> bool:
         """Whether the first layer of a stage attends to what an earlier stage selected."""
@@ -187,7 +211,8 @@ class PlanRanks(Ranks):
 
     def _receive_rows(self, count: int, width: int, dtype: torch.dtype, source: int) -> Tensor:
         size = -(-count // self.layout.tensor)
-        part = collectives.receive(torch.empty(size, width, dtype=dtype, device=self.device), source, self.pipeline)
+        empty = torch.empty(size, width, dtype=dtype, device=self.device)
+        part = collectives.receive(empty, source, self.pipeline, "pipeline")
         return collectives.all_gather(part, self.tensor, "pipeline")[:count]
 
     def share_cache(self, fields: list[Tensor], batch: Batch) -> None:
@@ -222,10 +247,8 @@ class PlanRanks(Ranks):
         shape = (*hidden.shape[:-1], self.config.vocab_size)
         rows = hidden.flatten(0, -2)
         found = self._group_logits(head, rows) if self.last else rows.new_empty(rows.shape[0], self.config.vocab_size)
-        if self.layout.pipeline > 1:
-            last = self.rank % self.layout.stage_ranks + (self.layout.pipeline - 1) * self.layout.stage_ranks
-            found = found.contiguous()
-            dist.broadcast(found, last, group=self.pipeline)
+        last = self.rank % self.layout.stage_ranks + (self.layout.pipeline - 1) * self.layout.stage_ranks
+        found = collectives.broadcast(found.contiguous(), last, self.pipeline, "vocabulary")
         self._share([])
         return found.view(shape)
 

@@ -32,6 +32,7 @@ TWO = {
     "DP2 EP2 flat with copies": Layout(data=2, expert=2, exchange=FLAT, redundant_experts=4),
     "PP2": Layout(pipeline=2),
     "PP2, selection shared across the cut": Layout(pipeline=2, stages=(2, 3)),
+    "DP2 EP2 flat, 3 drafts": Layout(data=2, expert=2, exchange=FLAT, drafts=3),
     "CP2 EP2 gather": Layout(context=2, expert=2, exchange=GATHER),
 }
 FOUR = {
@@ -43,6 +44,8 @@ FOUR = {
     "PP2 TP2 EP2": Layout(pipeline=2, tensor=2, expert=2, stages=(2, 3)),
     "PP2 TP2 EP2 gather": Layout(pipeline=2, tensor=2, expert=2, exchange=GATHER, stages=(4, 1)),
     "PP2 DP2 EP2 deduplicated": Layout(pipeline=2, data=2, expert=2, exchange=DEDUPLICATED, stages=(2, 3)),
+    "PP2 TP2 EP2 gather, 2 drafts": Layout(pipeline=2, tensor=2, expert=2, exchange=GATHER, drafts=2),
+    "TP4 EP4, 2 drafts": Layout(tensor=4, expert=4, drafts=2),
     "DP2 CP2 EP4 hierarchical": Layout(data=2, context=2, expert=4, exchange=HIERARCHICAL),
     "CP2 TP2 EP4 gather": Layout(context=2, tensor=2, expert=4, exchange=GATHER),
 }
@@ -58,8 +61,8 @@ def config() -> Glm5Config:
 
 def make(ranks: Ranks, of: Glm5Config | None = None, **options: Any) -> Glm5Model:
     """The model of one rank, from random weights of which it takes its part."""
-    of = of or config()
-    whole, expected = random_weights(of, dtype=torch.float32), expected_tensors(of, mtp=False)
+    of, mtp = of or config(), options.get("mtp", False)
+    whole, expected = random_weights(of, dtype=torch.float32, mtp=mtp), expected_tensors(of, mtp=mtp)
 
     def read(name: str) -> Tensor:
         cut = ranks.cut(name, expected[name].component, expected[name].shape)
@@ -79,8 +82,9 @@ def layouts(rank: int, world: int) -> dict[str, tuple[float, bool, int]]:
     logits, tokens = alone(ids), alone.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
     found = {}
     for name, layout in (TWO if world == 2 else FOUR).items():
-        model = make(ranks_of(layout))
+        model = make(ranks_of(layout), mtp=layout.drafts > 0)
         error = float((model(ids) - logits).abs().max())
-        same = model.generate(PROMPTS, max_new_tokens=NEW_TOKENS) == tokens
+        same = model.generate(PROMPTS, max_new_tokens=NEW_TOKENS, draft_tokens=max(layout.drafts, 1)) == tokens
+        assert model.speculation.rounds > 0 or not layout.drafts
         found[name] = (error, same, sum(parameter.numel() for parameter in model.parameters()))
     return found
