@@ -21,7 +21,9 @@ from glm5_port.model.stored_tensors import StoredTensor
 PART = ".part"
 """Ending of a file that is not whole yet."""
 CHUNK = 4 * 2**20
-"""Bytes that are copied or hashed at once."""
+"""Bytes that are copied at once."""
+HASHED = 2**18
+"""Bytes of a file that are hashed at once: they stay in a core's own cache."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,48 +54,53 @@ class Reader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def bytes(self, tensor: StoredTensor, first: int, count: int) -> bytearray:
+    def bytes(self, tensor: StoredTensor, first: int, count: int, room: memoryview | None = None) -> memoryview:
         """`count` bytes of a tensor from its byte `first` on.
+
+        Args:
+            tensor: that is read.
+            first: byte of it.
+            count: of bytes.
+            room: at least as many bytes to read into: whoever reads block after block spares new memory for each.
 
         Raises:
             CheckpointError: the file cannot be read, or ends before.
         """
         if isinstance(tensor, SpreadTensor):
             return self._spread(tensor, first, count)
-        return self._read(tensor.file, tensor.start + first, count)
+        return self._read(tensor.file, tensor.start + first, memoryview(bytearray(count)) if room is None else room[:count])
 
-    def _spread(self, tensor: SpreadTensor, first: int, count: int) -> bytearray:
+    def _spread(self, tensor: SpreadTensor, first: int, count: int) -> memoryview:
         """Reads whole rows with what lies between them, and drops that."""
         begin, end = first // tensor.row, -(-(first + count) // tensor.row)
         span = max(0, (end - begin - 1) * tensor.stride + tensor.row)
-        read = self._read(tensor.file, tensor.start + begin * tensor.stride, span if count else 0)
+        read = self._read(tensor.file, tensor.start + begin * tensor.stride, memoryview(bytearray(span if count else 0)))
         rows = (read[at : at + tensor.row] for at in range(0, len(read), tensor.stride))
         skipped = first - begin * tensor.row
-        return bytearray(b"".join(rows))[skipped : skipped + count]
+        return memoryview(bytearray(b"".join(rows)))[skipped : skipped + count]
 
-    def _read(self, name: str, place: int, count: int) -> bytearray:
-        buffer = bytearray(count)
-        view = memoryview(buffer)
+    def _read(self, name: str, place: int, view: memoryview) -> memoryview:
         try:
             file = self._open(name)
             done = 0
-            while done < count:
+            while done < len(view):
                 got = os.preadv(file, [view[done:]], place + done)
                 if got == 0:
                     raise CheckpointError(f"{self._directory / name} ends at byte {place + done:,}: it is truncated")
                 done += got
         except OSError as error:
             raise CheckpointError(f"cannot read {self._directory / name}: {error.strerror}") from error
-        return buffer
+        return view
 
     def whole(self, tensor: StoredTensor) -> Tensor:
         """A tensor in its stored dtype."""
         return as_tensor(self.bytes(tensor, 0, tensor.bytes), tensor.dtype, tensor.shape)
 
-    def chunks(self, tensor: StoredTensor) -> Iterator[bytearray]:
-        """The bytes of a tensor, some at a time."""
+    def chunks(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        """The bytes of a tensor, some at a time; they stand until the next ones are asked for."""
+        room = memoryview(bytearray(min(CHUNK, tensor.bytes)))
         for first in range(0, tensor.bytes, CHUNK):
-            yield self.bytes(tensor, first, min(CHUNK, tensor.bytes - first))
+            yield self.bytes(tensor, first, min(CHUNK, tensor.bytes - first), room)
 
     def close(self) -> None:
         """Closes the files."""
@@ -115,7 +122,7 @@ class Reader:
             return self._files[name]
 
 
-def as_tensor(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def as_tensor(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that bytes stand for; it shares their memory."""
     return (torch.frombuffer(buffer, dtype=DTYPES[dtype]) if buffer else torch.empty(0, dtype=DTYPES[dtype])).view(shape)
 
@@ -169,8 +176,8 @@ def sync_directory(path: Path) -> None:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(HASHED))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(chunk):
+            digest.update(chunk[:count])
     return digest.hexdigest()

@@ -34,6 +34,7 @@ Shape legend: ... any leading dimensions; I inputs of a row; g weights of a grou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -236,9 +237,9 @@ def dequantize_packed(packed: Tensor, scales: Tensor) -> Tensor:
 
 def refuse_bad_scales(scales: Tensor, weight: Tensor, rule: Int4Rule, name: str) -> None:
     """Raises InputError for the first weight that made its group's scale NaN. One wait for the device, on the scales alone."""
-    bad = scales.isnan()
-    if not bad.any():
+    if not scales.numel() or not math.isnan(scales.amax().item()):  # a largest number is NaN where one of them is
         return
+    bad = scales.isnan()
     *row, group = (int(i) for i in bad.nonzero()[0])
     size = groups_of(weight.shape[-1], rule.group_size)[1]
     members = weight[tuple(row)][group * size : (group + 1) * size].to(torch.bfloat16)

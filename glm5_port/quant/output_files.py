@@ -140,6 +140,11 @@ class PlannedTensor:
         return None if found is None else int(found[1])
 
     @property
+    def copied(self) -> bool:
+        """Whether its bytes are copied to its one piece as they are."""
+        return self.kept is not None and self.kept.convert is None and self.multipliers is None
+
+    @property
     def files(self) -> set[str]:
         """The files of the source that it lies in."""
         multipliers = [] if self.multipliers is None else [self.multipliers]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,15 +153,16 @@ def measure_rows(weight_OI: Tensor, packed: Tensor, scales_OG: Tensor) -> Tensor
 
 
 def _summed(measured: Tensor, weight: Tensor, scales: Tensor) -> Statistics:
-    sums, largest = measured.to(torch.float64).sum(0), measured.amax(0) if measured.shape[0] else measured.sum(0)
-    counts = {name: int(value) for name, value in zip(STATISTICS, sums.tolist(), strict=True) if name not in _SUMS}
+    rows = measured.numpy()
+    sums = dict(zip(STATISTICS, rows.sum(0, dtype=np.float64).tolist(), strict=True))
+    counts = {name: int(value) for name, value in sums.items() if name not in _SUMS}
     return Statistics(
         weights=weight.numel(),
         groups=scales.numel(),
         **counts,
-        error_sum=float(sums[STATISTICS.index("error_sum")]),
-        magnitude_sum=float(sums[STATISTICS.index("magnitude_sum")]),
-        max_error=float(largest[STATISTICS.index("max_error")]),
+        error_sum=sums["error_sum"],
+        magnitude_sum=sums["magnitude_sum"],
+        max_error=float(rows[:, STATISTICS.index("max_error")].max(initial=0.0)),
     )
 
 

@@ -30,7 +30,7 @@ from glm5_port.quant.output_files import Place, PlannedTensor, Shard
 from glm5_port.quant.plan import CONVERT, INT4, INT8, REPACK, Plan
 from glm5_port.quant.statistics import Statistics, measure, quantize_measured, total
 
-BLOCK_WEIGHTS = 2**18
+BLOCK_WEIGHTS = 2**20
 """Weights that a worker takes at once. Fixed, not derived from the memory bound, so that sums of errors are the same for any."""
 
 Progress = Callable[[int, int, str], None]
@@ -168,9 +168,9 @@ def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryvi
 def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: OpenShard) -> dict[str, Any]:
     """Writes what stands for one source tensor; hashes of it and of the source, and statistics if it was quantised."""
     outputs = {output.name: OpenPiece(target, output.name) for output in tensor.outputs}
-    source = hashlib.sha256()
+    source = outputs[tensor.outputs[0].name].digest if tensor.copied else hashlib.sha256()
     statistics: list[Statistics] = []
-    for name, data in made(plan, tensor, reader, source.update, statistics):
+    for name, data in made(plan, tensor, reader, _unseen if tensor.copied else source.update, statistics):
         outputs[name].append(data)
     for planned in tensor.outputs:
         if outputs[planned.name].bytes != planned.bytes:
@@ -180,14 +180,18 @@ def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: Ope
     return record | ({"statistics": asdict(total(statistics))} if statistics else {})
 
 
+def _unseen(stored: memoryview) -> None:
+    """For bytes that nobody else wants."""
+
+
 def made(
     plan: Plan,
     tensor: PlannedTensor,
     reader: Reader,
-    seen: Callable[[bytearray], None] = lambda _: None,
+    seen: Callable[[memoryview], None] = _unseen,
     statistics: list[Statistics] | None = None,
 ) -> Iterator[tuple[str, memoryview]]:
-    """(output tensor, its next bytes) of what stands for one source tensor.
+    """(output tensor, its next bytes) of what stands for one source tensor. Bytes stand until the next ones are asked for.
 
     Args:
         plan: what is made.
@@ -196,17 +200,17 @@ def made(
         seen: called with all stored bytes that are read.
         statistics: what quantising did is added here.
     """
-    if tensor.kept is not None and tensor.kept.convert is not None:
+    if tensor.copied:
+        for chunk in reader.chunks(tensor.source):
+            seen(chunk)
+            yield tensor.outputs[0].name, chunk
+    elif tensor.kept is not None and tensor.kept.convert is not None:
         for _, rows in read_rows(plan, tensor, reader, seen):
             for name, part in tensor.kept.convert(rows).items():
                 yield name, as_bytes(part)
-    elif tensor.kept is not None and tensor.multipliers is not None:
+    elif tensor.kept is not None:
         for _, rows in read_rows(plan, tensor, reader, seen):
             yield tensor.outputs[0].name, as_bytes(rows)
-    elif tensor.kept is not None:
-        for chunk in reader.chunks(tensor.source):
-            seen(chunk)
-            yield tensor.outputs[0].name, memoryview(chunk)
     elif tensor.action == INT8:
         for first, rows in read_rows(plan, tensor, reader, seen):
             codes, scales = quantize_rows(rows)
@@ -228,7 +232,7 @@ def made(
 
 
 def _repacked(
-    plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None]
+    plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[memoryview], None]
 ) -> Iterator[Mapping[str, Tensor]]:
     """Rows of the pieces of a weight whose codes and scales an INT4 source has; all at once where either format wants that."""
     if plan.source_format is None:
@@ -245,7 +249,7 @@ def read_parts(
     parts: Mapping[str, StoredTensor],
     reader: Reader,
     span: tuple[int, int] | None,
-    seen: Callable[[bytearray], None] = lambda _: None,
+    seen: Callable[[memoryview], None] = _unseen,
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight in INT4, whole or a block of rows of them.
 
@@ -274,7 +278,7 @@ def _quantized(
     plan: Plan,
     tensor: PlannedTensor,
     reader: Reader,
-    seen: Callable[[bytearray], None],
+    seen: Callable[[memoryview], None],
     statistics: list[Statistics] | None,
 ) -> Iterator[Mapping[str, Tensor]]:
     """Rows of the pieces of a weight that is quantised, a block at a time."""
@@ -317,10 +321,10 @@ def _encoded(plan: Plan, tensor: PlannedTensor, packed: Tensor, scales: Tensor, 
 
 
 def read_rows(
-    plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[bytearray], None] = lambda _: None
+    plan: Plan, tensor: PlannedTensor, reader: Reader, seen: Callable[[memoryview], None] = _unseen
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, block of rows) of a tensor that is not carried: block-FP8 multiplied out to bfloat16, values that are only
-    converted in their stored dtype, others in bfloat16.
+    converted in their stored dtype, others in bfloat16. A block stands until the next one is asked for.
 
     Args:
         plan: tells the blocks of block-FP8.
@@ -335,9 +339,10 @@ def read_rows(
         stored = reader.bytes(tensor.multipliers, 0, tensor.multipliers.bytes)
         seen(stored)
         scales = as_tensor(stored, tensor.multipliers.dtype, tensor.multipliers.shape).to(torch.float32)
+    room = memoryview(bytearray(step * row_bytes))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        stored = reader.bytes(tensor.source, first * row_bytes, (last - first) * row_bytes)
+        stored = reader.bytes(tensor.source, first * row_bytes, (last - first) * row_bytes, room)
         seen(stored)
         block = as_tensor(stored, tensor.source.dtype, (last - first, *tensor.source.shape[1:]))
         if scales is not None and plan.block is not None:

@@ -124,6 +124,8 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, name: str, format_name: str
     Raises:
         InputError: some it does not hold; lists the first of them.
     """
+    if scales.dtype == dtype:
+        return scales
     narrow = scales.to(dtype)
     lost = (narrow.to(torch.float32) != scales.to(torch.float32)).nonzero()
     if len(lost):
