@@ -189,7 +189,7 @@ def _judge(
     problems += wrong
     if problems:  # the remaining checks only repeat what is wrong already
         return problems, errors
-    problems += check_fake(implementation, prepared_arguments(implementation, facts, truth.arguments), outputs)
+    problems += check_fake(implementation, prepared_arguments(implementation, facts, here), outputs)
     problems += promises.check_promises(suite, implementation, function, truth.arguments, device, outputs)
     if suite.rows and not truth.case.tags & WIDTH:
         gaps = to_device({n: strided(v) if n in suite.rows else v for n, v in truth.arguments.items()}, device)
