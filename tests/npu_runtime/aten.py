@@ -82,12 +82,38 @@ def install() -> None:
             continue
         base, _, overload = rest.partition(".")
         operator = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
-        if operator is not None and not _returns_view(operator):
-            _library.impl(rest, _copy(vendors_copy) if rest == "copy_" else _body(operator), "PrivateUse1", allow_override=True)
+        if operator is None or _returns_view(operator):
+            continue
+        if rest == "copy_":
+            body = _copy(vendors_copy)
+        elif rest in OURS or _runs_on_cpu(name):
+            body = _body(OURS.get(rest, operator))
+        else:
+            continue
+        _library.impl(rest, body, "PrivateUse1", allow_override=True)
+
+
+def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> list[Tensor | None]:
+    """Gradients of a product: torch has a formula of its own, torch_npu an operator."""
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip((self, other), mask, strict=True)]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(torch.matmul(*inputs), wanted, grad))
+    return [next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in inputs]
+
+
+OURS: dict[str, Callable[..., Any]] = {"matmul_backward": _matmul_backward}
+"""Operators that only torch_npu has a kernel for."""
 
 
 def _returns_view(operator: Any) -> bool:
     return any(value.alias_info is not None and not value.alias_info.is_write for value in operator._schema.returns)
+
+
+def _runs_on_cpu(name: str) -> bool:
+    """Whether the CPU has a kernel of that name; where it has none, torch_npu's own is made of other operators."""
+    keys = ("CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def _copy(vendors: Any) -> Callable[..., Tensor]:

@@ -94,7 +94,6 @@ def kv_quant_sparse_flash_attention(a: Any) -> Tensor:
     require(a.query.shape[-1] == LATENT + ROPE, "queries of 512 + 64")
     require(a.key.dtype == a.value.dtype == torch.int8, "keys of int8")
     require(a.key.shape[-1] == LATENT + 2 * ROPE + 4 * (LATENT // TILE), "rows of 656 bytes")
-    require(a.value.shape == a.key.shape, "values in the shape of keys")
 
     def split(sequence: paging.Sequence, starts: dict[int, int]) -> tuple[Tensor, Tensor]:
         stored = paging.rows(a.layout_kv, a.key, a.block_table, sequence, starts).contiguous()

@@ -58,24 +58,27 @@ def moe_init_routing_v2(a: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor |
     require(0 <= first <= last <= a.expert_num, "a range of experts inside expert_num")
     flat, choices, width = a.expert_idx.reshape(-1).long(), a.expert_idx.shape[1], a.x.shape[1]
     inside = (flat >= first) & (flat < last)
-    order = torch.where(inside, flat, a.expert_num).sort(stable=True).indices[: int(inside.sum())]
+    sorted_rows = torch.where(flat >= first, flat, a.expert_num).sort(stable=True).indices
+    order = sorted_rows[: int(inside.sum())]
     limit = flat.numel() if a.active_num in (-1, 0) else min(a.active_num, flat.numel())
     rows = undefined((limit, width), torch.int8 if a.quant_mode == 1 else a.x.dtype)
     scales = undefined((limit,), torch.float32)
     moved = a.x[order[:limit] // choices]
     if a.quant_mode == 1:
-        factor = None if a.scale is None else a.scale.expand(last - first, width)[flat[order[:limit]] - first]
-        rows[: moved.shape[0]], scales[: moved.shape[0]] = quantised_rows(moved.float() * (1.0 if factor is None else factor))
+        smooth = a.scale is not None and moved.numel() > 0
+        factor = a.scale.expand(last - first, width)[flat[order[:limit]] - first] if smooth else 1.0
+        rows[: moved.shape[0]], scales[: moved.shape[0]] = quantised_rows(moved.float() * factor)
     else:
         rows[: moved.shape[0]] = moved
+        if a.scale is not None:
+            scales[: moved.shape[0]] = a.scale[order[:limit] // choices]
     if a.row_idx_type == 0:
         index = torch.full((flat.numel(),), -1, dtype=torch.int32)
         index[order] = torch.arange(order.numel(), dtype=torch.int32)
     else:
-        index = undefined((flat.numel(),), torch.int32)
-        index[: order.numel()] = order.int()
+        index = sorted_rows.int()  # its tail is not defined; the vendor's own tests read it as the sort going on
     counts = torch.bincount(flat[order] - first, minlength=last - first)
-    return rows, index, _counted(a, counts, first), scales if a.quant_mode == 1 else None
+    return rows, index, _counted(a, counts, first), scales if a.quant_mode == 1 or a.scale is not None else None
 
 
 def _counted(a: Any, counts: Tensor, first: int) -> Tensor | None:
@@ -139,7 +142,7 @@ def _group_ends(a: Any) -> list[int] | None:
             require(len(values) != 1, "counts of more than one group")
             values = torch.tensor(values).cumsum(0).tolist()
         else:
-            require(a.group_list_type == 0, "no body for pairs of group and count")
+            require(not a.group_list_type, "no body for pairs of group and count")
     else:
         values = list(a.group_list)
     require(all(x <= y for x, y in zip([0, *values], values, strict=False)), "groups in order")
@@ -241,7 +244,9 @@ def _four_bits_by_eight(
     require(x.shape[1] % factors.shape[0] == 0, "whole groups of inputs")
     high, low = x.float().div(16).floor(), x.float().remainder(16) - 8
     decoded = weight.float() * factors.repeat_interleave(x.shape[1] // factors.shape[0], dim=0)
-    return (16 * (high @ decoded) + low @ decoded + bias) * token_scale[:, None]
+    product = (16 * (high @ decoded) + low @ decoded + bias) * token_scale[:, None]
+    x.copy_(undefined(x.shape, x.dtype))  # the kernel uses the rows as its workspace, says the vendor's test
+    return product
 
 
 def _eight_bits(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, token_scale: Tensor | None) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.npu_runtime.bodies.calling import body, require, undefined
+from tests.npu_runtime.bodies.calling import body, in_nz, require, undefined
 
 NARROW = (torch.float16, torch.bfloat16)
 WIDEST = 65535
+QINT8, QUINT4X2 = 12, 16
+"""torch's numbers of quantised dtypes."""
 RESULTS = {None: torch.int8, 1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
 """torch's numbers of dtypes that the quantised product may return."""
 
@@ -66,6 +68,32 @@ def _smooth(a: Any, x: Tensor) -> Tensor:
     counts = torch.tensor([end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
     require(ends == sorted(ends) and ends[-1] == x.numel() // x.shape[-1], "group_index that ends at the last row")
     return a.smooth_scales.float().repeat_interleave(counts, dim=0).view_as(x)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """[..., n] int32 of [..., 8 n] codes of 4 bits: the inverse of `unpacked`."""
+    nibbles = codes.unflatten(-1, (-1, 8)).long() & 0xF
+    words = sum(nibbles[..., place] << (4 * place) for place in range(8))
+    return ((words + 2**31) % 2**32 - 2**31).to(torch.int32)
+
+
+@body("npu_quantize", kernels=("aclnnAscendQuant", "aclnnAscendQuantV3"))
+def quantize(a: Any) -> Tensor:
+    require(not a.div_mode and a.axis >= -1, "no body but multiplication along the last axis")
+    require(not in_nz(a.input), "no body for FRACTAL_NZ")
+    require(a.dtype in (torch.qint8, torch.quint4x2, QINT8, QUINT4X2), "results of int8 or packed 4 bits")
+    scaled = a.input.float() * a.scales.float()
+    codes = (scaled if a.zero_points is None else scaled + a.zero_points.float()).round()
+    if a.dtype in (torch.qint8, QINT8):
+        return codes.clamp(-128, 127).to(torch.int8)
+    return packed(codes.clamp(-8, 7))
+
+
+@body("npu_trans_quant_param", kernels=("aclnnTransQuantParamV2", "aclnnTransQuantParamV3"))
+def trans_quant_param(a: Any) -> Tensor:
+    """float32 cut to 19 bits, in the low half of int64; bit 46 marks the form."""
+    require(a.offset is None, "no body with an offset")
+    return (a.scale.float().contiguous().view(torch.int32).long() & 0xFFFFE000) | 1 << 46
 
 
 @body(

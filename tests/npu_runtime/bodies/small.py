@@ -97,8 +97,15 @@ def transpose_batchmatmul(a: Any) -> Tensor:
     return product.to(a.input.dtype)
 
 
+@body("npu_scatter_nd_update", kernels=("aclnnScatterNdUpdate",))
+def scatter_nd_update(a: Any) -> Tensor:
+    a.input = a.input.clone()
+    scatter_nd_update_(a)
+    return a.input
+
+
 @body("npu_scatter_nd_update_", kernels=("aclnnScatterNdUpdate",))
-def scatter_nd_update(a: Any) -> None:
+def scatter_nd_update_(a: Any) -> None:
     depth = a.indices.shape[-1]
     require(a.indices.dim() >= 2 and depth <= a.input.dim(), "indices of two dimensions or more, no longer than input has")
     require(a.updates.shape == (*a.indices.shape[:-1], *a.input.shape[depth:]), "updates in the shape of what they replace")
