@@ -87,6 +87,9 @@ inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return {_mm512_permutexvar_ps(order, sums)};
 }
+// Lane i: that lane of a of which i is the number, from 0 to 7; of sixteen lanes, the upper eight must repeat the lower.
+inline F32 lane_of_eight(F32 a, I32 i) { return {_mm512_permutexvar_ps(i.v, a.v)}; }
+inline I32 absolute(I32 a) { return {_mm512_abs_epi32(a.v)}; }
 inline I32 to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
@@ -171,6 +174,8 @@ inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
   const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
   return {_mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))};
 }
+inline F32 lane_of_eight(F32 a, I32 i) { return {_mm256_permutevar8x32_ps(a.v, i.v)}; }
+inline I32 absolute(I32 a) { return {_mm256_abs_epi32(a.v)}; }
 inline I32 to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.v)}; }

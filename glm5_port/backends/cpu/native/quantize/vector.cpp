@@ -1,5 +1,7 @@
 // The quantiser in vectors. A quotient is a product with the reciprocal, rounded to the grid 2^-12 and then to a whole number:
 // quant/int4.py says why no rounding on the way can show.
+#include <cmath>
+
 #include "parallel.h"
 #include "quantize/quantize.h"
 #include "simd.h"
@@ -40,6 +42,9 @@ inline void store_words(const int8_t* codes, uint32_t* words) {
   const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(nibbles, _mm512_set1_epi16(0x1001)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm256_xor_si256(bytes, _mm256_set1_epi32(static_cast<int32_t>(offset))));
 }
+inline int limits_among(const int8_t* codes) {
+  return __builtin_popcountll(_mm512_cmpeq_epi8_mask(_mm512_abs_epi8(_mm512_loadu_si512(codes)), _mm512_set1_epi8(7)));
+}
 #else
 constexpr int64_t codes_together = 32;
 inline void store_words(const int8_t* codes, uint32_t* words) {
@@ -48,6 +53,10 @@ inline void store_words(const int8_t* codes, uint32_t* words) {
   const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_xor_si128(bytes, _mm_set1_epi32(static_cast<int32_t>(offset))));
 }
+inline int limits_among(const int8_t* codes) {
+  const __m256i sizes = _mm256_abs_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  return __builtin_popcount(_mm256_movemask_epi8(_mm256_cmpeq_epi8(sizes, _mm256_set1_epi8(7))));
+}
 #endif
 
 // `count` is a multiple of 8.
@@ -55,6 +64,14 @@ inline void pack_codes(const int8_t* codes, int64_t count, uint32_t* words) {
   int64_t i = 0;
   for (; i + codes_together <= count; i += codes_together) store_words(codes + i, words + i / 8);
   for (; i < count; i += 8) words[i / 8] = word_of(codes + i);
+}
+
+// Codes of magnitude 7.
+inline int64_t limits_of(const int8_t* codes, int64_t count) {
+  int64_t limits = 0, i = 0;
+  for (; i + codes_together <= count; i += codes_together) limits += limits_among(codes + i);
+  for (; i < count; ++i) limits += codes[i] == 7 || codes[i] == -7;
+  return limits;
 }
 
 // -- some groups together ----------------------------------------------------------------------------------------------
@@ -90,9 +107,44 @@ inline I32 seventh_bits(I32 amax) {
   return amax - mantissa + rounded - choose_greater(limit, mantissa, I32::broadcast(3 << 7), I32::broadcast(2 << 7));
 }
 
+// What rounding costs, summed in lanes.
+struct Cost {
+  F32 errors = F32::zero(), sizes = F32::zero(), worst = F32::zero();
+
+  void join(QuantizeStatistics& statistics) const {
+    statistics.error_sum += errors.sum();
+    statistics.magnitude_sum += sizes.sum();
+  }
+};
+
+constexpr float magnitudes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+
+// Codes q of a group, a byte each; with `measured`, what they cost. A reciprocal of 0 makes all codes 0.
+template <bool measured, class T>
+inline void quantize_group(const T* members, int64_t size, F32 reciprocal, F32 scale, int8_t* codes, Cost& cost) {
+  const F32 grid = F32::broadcast(snap), values = rounded_to_bf16(F32::load(magnitudes) * scale);
+  for (int64_t i = 0; i < size; i += F32::width) {
+    const F32 w = weights(members + i);
+    const I32 q = to_int(multiply_add(w, reciprocal, grid) - grid);  // rounds half to even
+    q.store(codes + i);
+    if (measured) {  // a code has the sign of its weight, or is 0
+      const F32 magnitude = absolute(w), error = absolute(magnitude - lane_of_eight(values, absolute(q)));
+      cost.errors = cost.errors + error;
+      cost.sizes = cost.sizes + magnitude;
+      cost.worst = maximum(cost.worst, error);
+    }
+  }
+}
+
+inline int64_t scales_beyond_fp16(const bf16* scales, int64_t count) {
+  int64_t beyond = 0;
+  for (int64_t i = 0; i < count; ++i) beyond += !fits_fp16(scales[i]);
+  return beyond;
+}
+
 // As many groups as a vector has lanes; false, with nothing done, if one of them cannot be held.
-template <class T>
-bool quantize_groups(const T* members, int64_t size, int8_t* codes, bf16* scales) {
+template <bool measured, class T>
+bool quantize_groups(const T* members, int64_t size, int8_t* codes, bf16* scales, QuantizeStatistics& statistics) {
   I32 largest[I32::width];
 #pragma GCC unroll 4
   for (int group = 0; group < I32::width; ++group) {
@@ -100,66 +152,44 @@ bool quantize_groups(const T* members, int64_t size, int8_t* codes, bf16* scales
     largest[group] = magnitude(own);
     for (int64_t i = I32::width; i < size; i += I32::width) largest[group] = maximum(largest[group], magnitude(own + i));
   }
-  const I32 amax = shift_right<16>(largest_of_each(largest)), least = I32::broadcast(smallest_amax);
+  const I32 amax = shift_right<16>(largest_of_each(largest)), least = I32::broadcast(smallest_amax), zero = I32::broadcast(0);
   if (amax.largest() > largest_amax) return false;
   const F32 scale = float_of(shift_left<16>(choose_greater(least, amax, I32::broadcast(127 << 7), seventh_bits(amax))));
   scale.store(scales);
-  float reciprocals[F32::width];
-  float_of(choose_greater(least, amax, I32::broadcast(0), bits_of(F32::broadcast(1.0f) / scale))).store(reciprocals);
-  const F32 grid = F32::broadcast(snap);
+  float reciprocals[F32::width], factors[F32::width];
+  scale.store(factors);
+  float_of(choose_greater(least, amax, zero, bits_of(F32::broadcast(1.0f) / scale))).store(reciprocals);
+  Cost cost;
 #pragma GCC unroll 4
   for (int group = 0; group < I32::width; ++group) {
-    const F32 reciprocal = F32::broadcast(reciprocals[group]);
-    for (int64_t i = group * size; i < (group + 1) * size; i += F32::width) {
-      to_int(multiply_add(weights(members + i), reciprocal, grid) - grid).store(codes + i);  // rounds half to even
-    }
+    cost.worst = F32::zero();
+    const F32 reciprocal = F32::broadcast(reciprocals[group]), factor = F32::broadcast(factors[group]);
+    quantize_group<measured>(members + group * size, size, reciprocal, factor, codes + group * size, cost);
+    largest[group] = bits_of(cost.worst);  // floats that are not negative stand in the order of their bits
+  }
+  if (measured) {
+    cost.join(statistics);
+    const I32 ones = I32::broadcast(1), zeros = choose_greater(ones, amax, ones, zero);
+    statistics.zero_groups += static_cast<int64_t>(to_float(zeros).sum());
+    statistics.tiny_groups += static_cast<int64_t>(to_float(choose_greater(least, amax, ones, zero) - zeros).sum());
+    const F32 share = float_of(largest_of_each(largest)) / float_of(shift_left<16>(maximum(amax, least)));
+    statistics.max_error = std::fmax(statistics.max_error, float_of(choose_greater(least, amax, zero, bits_of(share))).largest());
   }
   return true;
 }
 
-// -- one group, and what it costs --------------------------------------------------------------------------------------
-
-// Codes q of a group, a byte each; with `measured`, what they cost. Only for groups of the ordinary range.
-template <bool measured, class T>
-void quantize_group(const T* members, int64_t size, int32_t amax, float s, int8_t* codes, QuantizeStatistics& statistics) {
-  const F32 reciprocal = F32::broadcast(1.0f / s), scale = F32::broadcast(s), grid = F32::broadcast(snap);
-  F32 errors = F32::zero(), worst = F32::zero(), sizes = F32::zero();
-  I32 limits = I32::broadcast(0);
-  for (int64_t i = 0; i < size; i += F32::width) {
-    const F32 w = weights(members + i);
-    const F32 q = round_to_even((w * reciprocal + grid) - grid);
-    to_int(q).store(codes + i);
-    if (measured) {
-      const F32 error = absolute(w - rounded_to_bf16(q * scale));
-      errors = errors + error;
-      worst = maximum(worst, error);
-      sizes = sizes + absolute(w);
-      limits = limits + shift_right<3>(to_int(absolute(q)) + I32::broadcast(1));  // 1 where |q| is 7
-    }
-  }
-  if (measured) {
-    statistics.at_limit += static_cast<int64_t>(to_float(limits).sum());
-    statistics.error_sum += errors.sum();
-    statistics.magnitude_sum += sizes.sum();
-    const float share = worst.largest() / float_of(static_cast<uint32_t>(amax) << 16);
-    if (share > statistics.max_error) statistics.max_error = share;
-  }
-}
-
-// Groups that are all zeros, too small or not finite: every code is 0, and what is lost is the weight itself.
+// Groups that are too small or cannot be held: every code is 0, and what is lost is the weight itself.
 template <bool measured, class T>
 void zero_group(const T* members, int64_t size, int32_t amax, int8_t* codes, QuantizeStatistics& statistics) {
   std::memset(codes, 0, size);
-  if (!measured || amax == 0) {
-    statistics.zero_groups += amax == 0;
-    return;
-  }
-  statistics.tiny_groups += amax < smallest_amax;
+  if (!measured) return;
+  statistics.zero_groups += amax == 0;
+  statistics.tiny_groups += amax > 0 && amax < smallest_amax;
   statistics.refused |= amax > largest_amax;
-  F32 sizes = F32::zero();
-  for (int64_t i = 0; i < size; i += F32::width) sizes = sizes + absolute(weights(members + i));
-  statistics.error_sum += sizes.sum();
-  statistics.magnitude_sum += sizes.sum();
+  Cost cost;
+  for (int64_t i = 0; i < size; i += F32::width) cost.sizes = cost.sizes + absolute(weights(members + i));
+  cost.errors = cost.sizes;
+  cost.join(statistics);
 }
 
 template <bool measured, class T>
@@ -168,12 +198,16 @@ bf16 quantize_one(const T* members, int64_t size, int8_t* codes, QuantizeStatist
   for (int64_t i = 0; i < size; i += F32::width) largest = maximum(largest, magnitude(members + i));
   const int32_t amax = largest.largest() >> 16;
   const bf16 scale = scale_of(amax);
-  if (amax >= smallest_amax && amax <= largest_amax) {
-    quantize_group<measured>(members, size, amax, widen(scale), codes, statistics);
-  } else {
+  if (amax < smallest_amax || amax > largest_amax) {
     zero_group<measured>(members, size, amax, codes, statistics);
+    return scale;
   }
-  if (measured) statistics.fp16_unsafe_scales += !fits_fp16(scale);
+  Cost cost;
+  quantize_group<measured>(members, size, F32::broadcast(1.0f / widen(scale)), F32::broadcast(widen(scale)), codes, cost);
+  if (measured) {
+    cost.join(statistics);
+    statistics.max_error = std::fmax(statistics.max_error, cost.worst.largest() / float_of(static_cast<uint32_t>(amax) << 16));
+  }
   return scale;
 }
 
@@ -186,11 +220,15 @@ void quantize_row(const QuantizeCall& call, int64_t row, int8_t* codes) {
   QuantizeStatistics statistics;
   for (int64_t group = 0; group < groups;) {
     const T* members = weight + group * size;
-    const int64_t together = measured || group + I32::width > groups ? 1 : I32::width;
-    if (together == 1 || !quantize_groups(members, size, codes, scales + group)) {
+    const int64_t together = group + I32::width > groups ? 1 : I32::width;
+    if (together == 1 || !quantize_groups<measured>(members, size, codes, scales + group, statistics)) {
       for (int64_t i = 0; i < together; ++i) scales[group + i] = quantize_one<measured>(members + i * size, size, codes + i * size, statistics);
     }
     pack_codes(codes, together * size, words + group * size / 8);
+    if (measured) {
+      statistics.at_limit += limits_of(codes, together * size);
+      statistics.fp16_unsafe_scales += scales_beyond_fp16(scales + group, together);
+    }
     group += together;
   }
   if (measured) statistics.store(call.statistics + row * statistics_count);

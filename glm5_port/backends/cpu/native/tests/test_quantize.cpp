@@ -12,20 +12,21 @@ struct Result {
 };
 
 template <class T>
-Result<T> quantized(Isa isa, const Exact<T>& weight, int64_t rows, int64_t width, int64_t stride, int64_t group, int threads) {
+Result<T> quantized(Isa isa, const Exact<T>& weight, int64_t rows, int64_t width, int64_t stride, int64_t group, int threads,
+                    bool measured = true) {
   Result<T> result{Exact<uint32_t>(rows * width / 8), Exact<bf16>(rows * (width / group)), Exact<float>(rows * statistics_count)};
   quantize_for(isa).int4_quantize({weight.data(), sizeof(T) == 2, rows, width, stride, group, result.packed.data(),
-                                   result.scales.data(), result.statistics.data(), threads});
+                                   result.scales.data(), measured ? result.statistics.data() : nullptr, threads});
   return result;
 }
 
 template <class T>
-void same_bits_everywhere() {
+void same_bits_everywhere(int64_t groups) {
   std::mt19937 random(0);
   for (const int64_t group : {8, 16, 24, 32, 64, 160}) {
     for (const int64_t rows : {0, 1, 5, 33}) {
       for (const int64_t gap : {0, 3}) {
-        const int64_t width = 3 * group, stride = width + gap;
+        const int64_t width = groups * group, stride = width + gap;
         const Exact<T> weight(extent(rows, stride, width), gap);
         fill_normal(weight, random, 0.02f);
         for (int64_t i = 0; i < weight.size(); i += 7) narrow(0.0f, &weight[i]);
@@ -39,6 +40,9 @@ void same_bits_everywhere() {
             const Result<T> result = quantized(isa, weight, rows, width, stride, group, threads);
             CHECK(result.packed == expected.packed);
             CHECK(result.scales == expected.scales);
+            const Result<T> alone = quantized(isa, weight, rows, width, stride, group, threads, false);
+            CHECK(alone.packed == expected.packed);
+            CHECK(alone.scales == expected.scales);
             for (int64_t i = 0; i < result.statistics.size(); ++i) {
               const float theirs = expected.statistics[i];
               CHECK(std::fabs(result.statistics[i] - theirs) <= 1e-5f * std::fabs(theirs));
@@ -50,8 +54,11 @@ void same_bits_everywhere() {
   }
 }
 
-TEST(quantize_bf16) { same_bits_everywhere<bf16>(); }
-TEST(quantize_float) { same_bits_everywhere<float>(); }
+TEST(quantize_bf16) { same_bits_everywhere<bf16>(3); }
+TEST(quantize_float) { same_bits_everywhere<float>(3); }
+// A vector of groups at a time, twice, and some that are left over.
+TEST(quantize_many_groups_bf16) { same_bits_everywhere<bf16>(37); }
+TEST(quantize_many_groups_float) { same_bits_everywhere<float>(37); }
 
 TEST(quantize_every_amax) {
   const Exact<bf16> weight(int64_t{1 << 15} * 8);
