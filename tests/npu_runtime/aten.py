@@ -93,13 +93,14 @@ def install() -> None:
         _library.impl(rest, body, "PrivateUse1", allow_override=True)
 
 
-def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> list[Tensor | None]:
+def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of a product: torch has a formula of its own, torch_npu an operator."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip((self, other), mask, strict=True)]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(torch.matmul(*inputs), wanted, grad))
-    return [next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in inputs]
+    left, right = self.unsqueeze(0) if self.dim() == 1 else self, other.unsqueeze(1) if other.dim() == 1 else other
+    above = grad.unsqueeze(-2) if self.dim() == 1 else grad
+    above = above.unsqueeze(-1) if other.dim() == 1 else above
+    to_left = (above @ right.mT).sum_to_size(left.shape) if mask[0] else torch.zeros_like(left)
+    to_right = (left.mT @ above).sum_to_size(right.shape) if mask[1] else torch.zeros_like(right)
+    return to_left.view(self.shape), to_right.view(other.shape)
 
 
 OURS: dict[str, Callable[..., Any]] = {"matmul_backward": _matmul_backward}

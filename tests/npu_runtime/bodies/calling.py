@@ -155,7 +155,7 @@ def plain_values(tensor: Tensor) -> Tensor:
     if aten.in_fractal_format(tensor):
         import torch_npu
 
-        marked = aten.on_cpu(torch_npu.npu_format_cast(tensor, aten.FORMAT_ND))
+        marked = aten.on_cpu(torch_npu.npu_format_cast(tensor, aten.FORMAT_ND)).clone()  # what it lies in is freed
         marked.fractal = True
     return marked
 
