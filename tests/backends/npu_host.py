@@ -21,8 +21,6 @@ from glm5_port.backends.npu import machine as vendor
 from tests.backends.npu_schemas import frozen
 
 BODIES: dict[str, Callable[..., Any]] = {}
-WILD = 2**30
-"""Undefined whole numbers."""
 
 
 def body(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,8 +34,6 @@ def _defined(version: str) -> tuple[torch.library.Library, Any]:
     namespace = f"npu_frozen_{version.replace('.', '_')}"
     library = torch.library.Library(namespace, "DEF")
     for name, schema in frozen(version).items():
-        if name not in BODIES:
-            continue
         library.define(schema)
         library.impl(name, _with_defaults(schema, BODIES[name]), "CompositeExplicitAutograd")
     return library, getattr(torch.ops, namespace)
@@ -268,3 +264,131 @@ def npu_fused_infer_attention_score(
             if visible > 0:
                 out[row] = _attend(both[row], torch.cat(keys, dim=-1)[:visible], query.shape[-1], scale)
     return out, query.new_empty(0)
+
+
+# -- experts -------------------------------------------------------------------------------------------------------------
+
+
+@body
+def npu_moe_gating_top_k(
+    x: Tensor, k: int, *, bias: Tensor, k_group: int, group_count: int, routed_scaling_factor: float, eps: float, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = torch.sigmoid(x.float())
+    grouped = (scores + bias.float()).unflatten(-1, (group_count, -1))
+    best = grouped.sort(dim=-1, descending=True).values[..., :2].sum(-1).argsort(dim=-1, descending=True, stable=True)
+    dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, best[:, :k_group], False)
+    biased = grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+    ids = biased.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    chosen = scores.gather(1, ids)
+    weights = chosen / (chosen.sum(-1, keepdim=True) + eps) * routed_scaling_factor
+    return weights.to(x.dtype), ids.to(torch.int32), x.new_empty(0)
+
+
+@body
+def npu_moe_init_routing_v2(
+    x: Tensor, expert_idx: Tensor, *, expert_num: int, active_expert_range: list[int], **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    flat = expert_idx.flatten().long()
+    assert ((flat >= 0) & (flat < expert_num)).all(), "ids of experts that exist"
+    first, end = active_expert_range
+    active = (flat >= first) & (flat < end)
+    order = torch.where(active, flat, expert_num).argsort(stable=True)
+    count = int(active.sum())
+    rows = torch.full((flat.shape[0], x.shape[1]), torch.nan, dtype=x.dtype)
+    rows[:count] = x[order[:count] // expert_idx.shape[1]]
+    place = torch.full_like(flat, -1)
+    place[order[:count]] = torch.arange(count)
+    counts = torch.bincount(flat, minlength=expert_num)[first:end]
+    return rows, place.to(torch.int32), counts, torch.full((flat.shape[0],), torch.nan)
+
+
+@body
+def npu_moe_finalize_routing(
+    rows: Tensor, skip1: Tensor | None, skip2: Tensor | None, bias: Tensor | None, scales: Tensor, place: Tensor,
+    experts: Tensor | None, drop_pad_mode: int = 0, k: int = 1,
+) -> Tensor:  # fmt: skip
+    assert drop_pad_mode == 3 and skip1 is skip2 is bias is None
+    flat, place = rows.flatten(0, 1), place.long().view(scales.shape)
+    taken = torch.where((place >= 0)[..., None], flat[place.clamp_min(0)], 0.0)
+    return torch.stack([(taken[:, j] * scales[:, j, None]) for j in range(scales.shape[1])]).sum(0)
+
+
+def _codes(words: Tensor) -> Tensor:
+    """[..., n] int32 -> [..., 8 n]: nibble i of a word is column 8 * word + i, in two's complement."""
+    nibbles = (words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).flatten(-2)
+
+
+@body
+def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+    nibbles = (weight & 15).to(torch.int64).unflatten(-1, (-1, 8))
+    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _float_scale(encoded: Tensor) -> Tensor:
+    return (encoded & 0xFFFFFFFF).to(torch.int64).view(torch.int32)[..., ::2].contiguous().view(torch.float32)
+
+
+def _expert_product(rows: Tensor, weight: Tensor, expert: int, options: dict[str, Any], first: int) -> Tensor:
+    if weight.dtype != torch.int32:
+        return rows.float() @ weight.float()
+    codes = _codes(weight).float()
+    if options["antiquant_scale"] is not None:
+        scale, offset = (options[name][0][expert].float() for name in ("antiquant_scale", "antiquant_offset"))
+        scale, offset = (s.expand(codes.shape[0], -1) if s.dim() == 1 else s.repeat_interleave(
+            codes.shape[0] // s.shape[0], 0) for s in (scale, offset))  # fmt: skip
+        return rows.float() @ ((codes + offset) * scale).to(rows.dtype).float()
+    scale = _float_scale(options["scale"][0][expert])  # [1, N]
+    high, low = (rows.int() >> 4).float(), (rows.int() & 15).float() - 8  # as the kernel splits a row's codes
+    product = (16 * (high @ codes) + low @ codes) * scale + options["bias"][0][expert]
+    return product * options["per_token_scale"][0][first : first + rows.shape[0], None]
+
+
+@body
+def npu_grouped_matmul(
+    x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, output_dtype: int | None, **options: Any
+) -> list[Tensor]:
+    rows, matrices = x[0], weight[0]
+    width = matrices.shape[2] * (8 if matrices.dtype == torch.int32 else 1)
+    out = torch.full((rows.shape[0], width), torch.nan)
+    first = 0
+    for expert, count in enumerate(group_list.tolist()):
+        out[first : first + count] = _expert_product(rows[first : first + count], matrices[expert], expert, options, first)
+        first += count
+    return [out.to(_DTYPES[output_dtype])]
+
+
+# -- quantised products --------------------------------------------------------------------------------------------------
+
+_DTYPES = {1: torch.int8, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+"""Numbers of torch's scalar types, which the schemas take in place of dtypes."""
+
+
+@body
+def npu_dynamic_quant(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """Rows of zeros and rows that are not finite give anything."""
+    scale = x.float().abs().amax(-1) / 127
+    codes = (x.float() / scale[..., None]).round()
+    wild = ~(scale.isfinite() & (scale > 0))
+    return torch.where(wild[..., None], 77.0, codes).to(torch.int8), torch.where(wild, 3.0, scale)
+
+
+@body
+def npu_quant_matmul(
+    x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor, output_dtype: int | None, **_: Any
+) -> Tensor:
+    sums = (x1.double() @ x2.double()).float()
+    return (sums * scale.float() * pertoken_scale[:, None]).to(_DTYPES[output_dtype])
+
+
+@body
+def npu_weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor, quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None, bias: Tensor | None = None, antiquant_group_size: int = 0, inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:  # fmt: skip
+    codes = _codes(weight).float()
+    size = antiquant_group_size or codes.shape[0]
+    scale, offset = (t.float().repeat_interleave(size, 0)[: codes.shape[0]] for t in (antiquant_scale, antiquant_offset))
+    return (x.float() @ ((codes + offset) * scale).to(x.dtype).float()).to(x.dtype)

@@ -28,7 +28,7 @@ def implementation(needs: str) -> Implementation:
     return OPERATORS[operator].implementations[f"npu/{variant}"]
 
 
-KEPT = ("dtype", "cache format", "rotation", "renormalise", "group size")
+KEPT = ("dtype", "cache format", "rotation", "renormalise", "group size", "outputs", "packed widths")
 """Rules on facts that hold whatever the size of a model."""
 SIZES = (
     "page size", "latent width", "rope width", "rope shape", "key width", "query width", "head width", "heads", "whole 16s",

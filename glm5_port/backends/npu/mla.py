@@ -19,7 +19,6 @@ from torch import Tensor
 from glm5_port.backends.npu.attention import LATENT_512, POWER_OF_TWO_HEADS, ROPE_64
 from glm5_port.backends.npu.cache import WRITABLE, write_cache_aclnn
 from glm5_port.backends.npu.contracts.attention import MLA_PROLOG
-from glm5_port.backends.npu.contracts.kinds import FRACTAL_NZ
 from glm5_port.backends.npu.contracts.small import (
     FORMAT_CAST,
     RMS_NORM,
@@ -28,8 +27,8 @@ from glm5_port.backends.npu.contracts.small import (
     TRANSPOSE_BATCHMATMUL,
 )
 from glm5_port.backends.npu.linear import PRODUCT_DTYPES, Transposed, per_head_rules, product_per_head
-from glm5_port.backends.npu.machine import torch_npu
 from glm5_port.backends.npu.norm import rms_norm_aclnn
+from glm5_port.backends.npu.nz import to_nz
 from glm5_port.backends.npu.rope import both_channels, rotate_aclnn
 from glm5_port.backends.npu.rules import Needs, Rule, aclnn, call, dtype_among
 from glm5_port.errors import InputError
@@ -165,13 +164,6 @@ def mla_prologue_into_cache_steps(
 
 
 # -- in one kernel -------------------------------------------------------------------------------------------------------
-
-
-def to_nz(matrix: Tensor) -> Tensor:
-    """A dense matrix in the vendor's blocked format, which torch_npu only keeps when told that it may."""
-    torch_npu().npu.config.allow_internal_format = True
-    cast: Tensor = call(FORMAT_CAST, matrix, FRACTAL_NZ)
-    return cast
 
 
 class PrologWeights:

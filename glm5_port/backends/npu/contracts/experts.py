@@ -21,6 +21,12 @@ from glm5_port.backends.npu.contracts.kinds import (
 )
 from glm5_port.backends.npu.rules import Rule, VendorOperator
 
+
+def padded_groups_fit(experts: int, groups: int) -> bool:
+    """Whether groups padded to whole 32s hold 2048 experts at most."""
+    return -(-experts // groups // 32) * 32 * groups <= 2048
+
+
 GATING_TOP_K = VendorOperator(
     "npu_moe_gating_top_k",
     ("aclnnMoeGatingTopK", "aclnnMoeGatingTopKV2"),
@@ -61,7 +67,7 @@ GATING_TOP_K = VendorOperator(
         Rule(
             "padded groups",
             "groups that padded to whole 32s hold 2048 experts at most",
-            lambda x, group_count, **_: -(-x.shape[1] // group_count // 32) * 32 * group_count <= 2048,
+            lambda x, group_count, **_: padded_groups_fit(x.shape[1], group_count),
         ),
     ),
 )

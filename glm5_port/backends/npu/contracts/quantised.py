@@ -55,14 +55,14 @@ WEIGHT_QUANT_BATCHMATMUL = VendorOperator(
         Rule(
             "group size",
             "antiquant_group_size 0 (a whole column), or 32 to inputs - 1 in whole 32s",
-            lambda x, antiquant_group_size, **_: _group_fits(antiquant_group_size, x.shape[1]),
+            lambda x, antiquant_group_size, **_: group_fits(antiquant_group_size, x.shape[1]),
         ),
         value("inner_precise", 0),
     ),
 )
 
 
-def _group_fits(group: int, inputs: int) -> bool:
+def group_fits(group: int, inputs: int) -> bool:
     return group == 0 or (32 <= group <= inputs - 1 and group % 32 == 0)
 
 
