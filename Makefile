@@ -68,7 +68,7 @@ test: lint ## format, lint, types and the fast tests
 test-interpreter: env ## the CUDA kernels on the CPU by Triton's interpreter, in a process of its own; no GPU runs
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  echo "== pytest, CUDA kernels by Triton's interpreter (no GPU), $(JOBS) processes"; \
-	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q; \
+	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q $(INTERPRETER_TESTS); \
 	else echo "== NOT TESTED: CUDA kernels by the interpreter (triton has no build for this machine)"; fi
 
 test-sanitize: env ## the native kernels' own tests, under address and undefined-behaviour sanitizers

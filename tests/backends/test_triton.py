@@ -19,8 +19,9 @@ from glm5_port.testing.cases import WIDTH, load_suites
 from tests.backends.triton_compile import SHARED_MEMORY, TARGETS, Compiled, compile_launch, distinct, launches_of
 
 FAST_TARGET = 90
-SPILLED = 0
-"""Bytes of stack that a kernel may take."""
+SPILLED = 256
+"""Bytes of stack that a thread may take: 64 of its numbers. The attention over quantised rows takes up to 216, all others none or
+a few."""
 
 
 def implementations() -> list[Implementation]:

@@ -26,9 +26,16 @@ def implementations() -> list[Implementation]:
 
 
 def items() -> list[Any]:
-    """Every implementation in every dtype; with the large tiles in bfloat16 alone."""
+    """Every implementation in every dtype; with the large tiles in bfloat16 alone. Fast: bfloat16, where helpers matter most."""
+    fast = (torch.bfloat16, "small tiles")
     return [
-        pytest.param(i, dtype, card, id=f"{i.operator.name}-{i.variant}-{str(dtype).removeprefix('torch.')}-{card}")
+        pytest.param(
+            i,
+            dtype,
+            card,
+            id=f"{i.operator.name}-{i.variant}-{str(dtype).removeprefix('torch.')}-{card}",
+            marks=[] if (dtype, card) == fast else [pytest.mark.slow],
+        )
         for i in implementations()
         for card in CARDS
         for dtype in (DTYPES if card == "small tiles" else (torch.bfloat16,))

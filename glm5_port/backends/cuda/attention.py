@@ -10,13 +10,13 @@ Shape legend: T tokens; H heads; C latent; R rope; K indices a token; W width of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.triton_support import LARGE, dense, generation, kernels, launch, power_of_two, triton
+from glm5_port.backends.cuda.triton_support import LARGE, SMALL, dense, generation, kernels, launch, power_of_two, triton
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout
 from glm5_port.operators.mla import mla_attention_absorbed
@@ -42,20 +42,22 @@ class Tile:
 
 
 TILES = {
-    # 64 heads by 512 channels of sums fill the registers of eight warps; two tiles of 64 keys fill 227 KB of shared memory.
-    LARGE: Tile(heads=64, keys=64, num_warps=8, num_stages=2),
-    "small": Tile(heads=16, keys=32, num_warps=4, num_stages=2),
+    # 64 heads by 512 channels of sums fill half the registers of eight warps. With 64 keys a tile, sums spill on 9.0, and two
+    # tiles do not fit the shared memory of 10.0.
+    (LARGE, "plain"): Tile(heads=64, keys=32, num_warps=8, num_stages=2),
+    (LARGE, "quantised"): Tile(heads=64, keys=32, num_warps=8, num_stages=2),
+    (SMALL, "plain"): Tile(heads=16, keys=32, num_warps=4, num_stages=2),
+    (SMALL, "quantised"): Tile(heads=16, keys=32, num_warps=8, num_stages=2),
 }
 IEEE_TILE = Tile(heads=16, keys=16, num_warps=8, num_stages=1)
 """float32: products without matrix units, rows twice as wide."""
 
 
-def tile_of(dtype: torch.dtype, heads: int) -> Tile:
-    """The tile for a working dtype on this card. Heads are shared by the rows of one product: at least 16."""
-    tile = IEEE_TILE if dtype == torch.float32 else TILES[generation()]
-    if heads >= tile.heads:
-        return tile
-    return Tile(power_of_two(heads, least=16), tile.keys, min(tile.num_warps, 4), tile.num_stages)
+def tile_of(dtype: torch.dtype, heads: int, cache_format: str) -> Tile:
+    """The tile for a working dtype and cache on this card. Heads are the rows of a product: at least 16."""
+    kind = "plain" if cache_format == "plain" else "quantised"
+    tile = IEEE_TILE if dtype == torch.float32 else TILES[generation(), kind]
+    return replace(tile, heads=min(tile.heads, power_of_two(heads, least=16)))
 
 
 def _not_supported(*, cache_format: str, latent_dim: int, rope_dim: int, **_: Any) -> list[str]:
@@ -130,7 +132,7 @@ def _attend(
     chosen = table if indices is None else dense(indices)
     pages, page_size = fields.values.shape[:2]
     keys = table.shape[1] * page_size if indices is None else indices.shape[1]
-    tile = tile_of(query.dtype, heads)
+    tile = tile_of(query.dtype, heads, cache_format)
     head_blocks = -(-heads // tile.heads)
     splits = splits_of(tokens, head_blocks, keys) if may_split else 1
     split_keys = -(-keys // (splits * tile.keys)) * tile.keys

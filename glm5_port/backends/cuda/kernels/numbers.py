@@ -53,10 +53,10 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def from_e4m3(codes):
-    """e4m3 bytes (uint8) to float32, exactly. The bits fit float16, whose exponents begin 2^8 lower; 0x7F and 0xFF are NaN."""
-    wide = codes.to(tl.uint16)
-    bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    """e4m3 bytes (uint8) to float32, exactly. The bits fit float32, whose exponents begin 2^120 lower; 0x7F and 0xFF are NaN."""
+    wide = codes.to(tl.int8, bitcast=True).to(tl.int32)
+    bits = (wide << 20) & -0x78100000  # 0x87F00000: the sign, which was spread over the upper bits, and the other seven
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
 
 

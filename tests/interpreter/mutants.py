@@ -1,0 +1,108 @@
+# ruff: noqa: E501 - a mutant is one row
+"""Triton kernels with one mistake each, which the parity cases must notice through the interpreter.
+
+A mutant is a kernel module with one piece of text exchanged; it is imported in place of the module, and so are the modules that use
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import glm5_port.backends.cuda as cuda
+
+KERNELS = Path(cuda.__file__).parent / "kernels"
+
+
+@dataclass(frozen=True)
+class KernelMutant:
+    """One mistake.
+
+    Attributes:
+        module: of `kernels/`, that is changed.
+        name: the mistake, in words.
+        old, new: text that stands once in the module, and what takes its place.
+        operator: whose cases must notice.
+        cases: names of cases, one of which must fail.
+        family: the module that the operator's wrapper asks for.
+        dtype: working dtype of the cases.
+    """
+
+    module: str
+    name: str
+    old: str
+    new: str
+    operator: str
+    cases: tuple[str, ...]
+    family: str
+    dtype: str = "bfloat16"
+
+    @property
+    def id(self) -> str:
+        return f"{self.module}: {self.name}"
+
+    def source(self) -> str:
+        text = (KERNELS / f"{self.module}.py").read_text()
+        assert text.count(self.old) == 1, f"{self.id}: the text stands {text.count(self.old)} times in {self.module}.py"
+        return text.replace(self.old, self.new)
+
+
+def _mutants(module: str, family: str, rows: list[tuple[str, str, str, str, str]]) -> list[KernelMutant]:
+    """Rows of (operator, cases, name, old, new)."""
+    return [
+        KernelMutant(module, name, old, new, operator, tuple(cases.split()), family) for operator, cases, name, old, new in rows
+    ]
+
+
+MUTANTS = [
+    *_mutants("norm", "norm", [
+        ("rms_norm", "odd_width", "the mean counts the padding", "WIDTH * 1.0", "BLOCK * 1.0"),
+        ("rms_norm", "odd_width", "numbers beyond the row are read", "columns < WIDTH", "columns < BLOCK"),
+        ("rms_norm", "tiny_values_eps_1e-5", "eps is forgotten", "mean_square + eps", "mean_square"),
+        ("add_rms_norm", "one_token", "the residual is subtracted", "values += tl.load(residual", "values -= tl.load(residual"),
+    ]),
+    *_mutants("routing", "routing", [
+        ("route_experts", "all_equal few_values", "ties go to the higher id", "| (BLOCK - 1 - ids)", "| ids"),
+        ("route_experts", "one_token", "the correction is forgotten", "biased = scores + tl.load", "biased = scores + 0 * tl.load"),
+        ("route_experts", "one_token", "biased scores are the weights", "tl.where(mine, scores, 0.0)", "tl.where(mine, biased, 0.0)"),
+        ("route_experts", "groups few_values_in_groups", "a group's score is its best", "value_of((first >> 32).to(tl.int32)) + ", ""),
+        ("route_experts", "negative_biased_scores", "negative scores are in the wrong order", "tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)", "bits"),
+        ("route_experts", "odd_sizes", "experts that do not exist are chosen", "ranks = tl.where(ids < EXPERTS, ranked(biased, ids, BLOCK), NOTHING)\n\n", "ranks = ranked(biased, ids, BLOCK)\n\n"),
+        ("route_experts", "odd_sizes", "the end of the hidden size is not cut off", "mask=(rows < tokens)[:, None] & (k < WIDTH)", "mask=(rows < tokens)[:, None] & (k < WIDTH - 1)"),
+    ]),
+    *_mutants("quantize", "quantize", [
+        ("int4_quantize", "ties", "half is rounded away", "SNAP) - SNAP\n", "SNAP) - SNAP + 0.001\n"),
+        ("int4_quantize", "matrix", "a seventh is an eighth", "* 4682", "* 4096"),
+        ("int4_quantize", "outside_the_range", "small groups have scales of their own", "amax_N < SMALLEST_AMAX", "amax_N < 0"),
+        ("int4_quantize", "group_8", "rows are one group", "(group % GROUPS_OF_ROW) * SIZE", "(group % GROUPS_OF_ROW) * 0"),
+        ("int4_quantize", "signed8", "the extreme of signed8 is positive", "-(1 << 15), 0", "0, 0"),
+        ("int4_dequantize", "group_128", "all words have the first scale", "word // WORDS_OF_GROUP", "word * 0"),
+        ("int4_dequantize", "every_code", "codes begin at 7", "& 15) - 8", "& 15) - 7"),
+    ]),
+    *_mutants("weights", "matmul", [
+        ("int4_matmul", "one_token", "the upper nibbles are shifted too far", "4 * J - 20", "4 * J - 16"),
+        ("int4_matmul", "identity", "weights are not rounded to bfloat16", "round_to_bfloat16(run_of_codes(words, J) * scale[:, None])", "run_of_codes(words, J) * scale[:, None]"),
+        ("int4_matmul", "one_token", "codes begin at 7", "+ 8.0)", "+ 7.0)"),
+    ]),
+    *_mutants("matmul", "matmul", [
+        ("int4_matmul", "group_128 three_dims", "all groups have the first scale", "(start // GROUP) * OUTPUTS", "(start // WIDTH) * OUTPUTS"),
+        ("int4_matmul", "per_channel", "inputs beyond the row are read", "& (k < WIDTH)[:, None], other=0.0)\n                sums", "& (k < WIDTH + 32)[:, None], other=0.0)\n                sums"),
+        ("int8_matmul", "ties", "codes are cut off", "(tl.div_rn(values, scale) + 12582912.0) - 12582912.0", "tl.div_rn(values, scale)"),
+        ("int8_matmul", "quiet_rows", "quiet rows have scales of their own", "amax < SMALLEST, 1.0", "amax < 0.0, 1.0"),
+        ("int8_matmul", "odd_widths", "inputs beyond the row are read", "mask=(r < rows)[:, None] & (k < WIDTH)[None, :], other=0)", "mask=(r < rows)[:, None] & (k < WIDTH - 1)[None, :], other=0)"),
+        ("int8_matmul", "not_finite", "NaN is not noticed", "finite = finite & (tl.abs(values) < float(\"inf\"))", "finite = finite & (tl.abs(values) != float(\"inf\"))"),
+    ]),
+    *_mutants("experts", "experts", [
+        ("expert_mlp", "one_token", "gate and up are exchanged", "narrow(silu_times(gate, up), between.dtype.element_ty)", "narrow(silu_times(up, gate), between.dtype.element_ty)"),
+        ("expert_mlp", "ids_out_of_range", "ids out of range are the first expert", "known = (id >= 0) & (id < EXPERTS)\n        counts", "known = id < EXPERTS\n        counts"),
+        ("expert_mlp", "many_rows_per_expert", "places in a block begin again with each chunk", "listed = first * BLOCK_B\n", "listed = first * 0\n"),
+        ("expert_mlp", "unread_weights", "weights that nobody may read are read", "mask=known, other=0.0)", "mask=token < tokens, other=0.0)"),
+        ("expert_mlp", "odd_sizes", "a token is a routed row", "(row // CHOICES)[None, :] * x_stride", "row[None, :] * x_stride % x_stride"),
+        ("expert_mlp_int4", "one_token", "gate and up are exchanged in INT4", "narrow(silu_times(gate, up), dtype)", "narrow(silu_times(up, gate), dtype)"),
+        ("expert_mlp_int4", "group_64", "up has the scales of gate", "run_of_scales(scales, start, BETWEEN + n,", "run_of_scales(scales, start, n,"),
+        ("expert_mlp_int4", "one_token", "every expert has the first one's words", "words + expert * (TILES * 2 * BETWEEN * RUN)", "words + expert * 0"),
+        ("expert_mlp_int4_w4a8", "one_token", "rows have no scale", "sums = sums * tl.load(row_scales + row, mask=used, other=0.0)[None, :]", "sums = sums * 1.0"),
+    ]),
+]  # fmt: skip
+"""Norms, routing, quantiser, products and experts, each with mistakes."""
