@@ -42,6 +42,8 @@ IMPLEMENTATIONS = (
     "cuda.mla",
     "cuda.routing",
     "cuda.quantize",
+    "cuda.matmul",
+    "cuda.experts",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""

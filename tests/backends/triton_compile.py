@@ -31,6 +31,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }

@@ -1,0 +1,127 @@
+"""The CUDA backend's INT4 weight layout, tiles and reasons: what holds without a GPU and without Triton's interpreter. That the
+kernels compute their operators is held by tests/interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm5_port.backends.cuda.experts import TiledExperts
+from glm5_port.backends.cuda.matmul import PROGRAMS, TILE, TiledWeight, check_width, int4_tiles, segments_of, tile_words
+from glm5_port.backends.cuda.triton_support import assume
+from glm5_port.dispatch import Operator
+from glm5_port.errors import InputError
+from glm5_port.operators.int4 import expert_mlp_int4, int4_matmul, int4_quantize, int8_matmul
+from glm5_port.operators.moe import expert_mlp, route_experts
+from glm5_port.operators.norm import rms_norm
+from glm5_port.quant.packing import pack_int4
+
+SMALL, LARGE = (8, 9), (9, 0)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+
+
+@pytest.mark.parametrize("width", [8, 72, 256, 264, 512])
+def test_nibble_j_of_word_m_is_input_32_j_plus_m(width: int) -> None:
+    canonical = codes(3, width)
+    words = tile_words(pack_int4(canonical))
+    tiles = -(-width // TILE)
+    assert words.shape == (tiles, 3, 32)
+    for k in range(tiles * TILE):
+        tile, run, place = k // TILE, k % TILE // 32, k % 32
+        stored = (words[tile, :, place] >> (4 * run)) & 15
+        expected = canonical[:, k].to(torch.int32) + 8 if k < width else torch.full((3,), 8, dtype=torch.int32)
+        assert torch.equal(stored, expected)
+
+
+def test_experts_are_tiled_one_by_one() -> None:
+    packed = pack_int4(codes(2, 5, 264))
+    assert torch.equal(tile_words(packed), torch.stack([tile_words(expert) for expert in packed]))
+
+
+def test_prepared_weights_take_what_canonical_ones_take_plus_the_padding() -> None:
+    preparation = TiledWeight({"group_size": 32})
+    preparation.add(None, {"packed": pack_int4(codes(48, 512)), "scales": torch.ones(48, 16, dtype=torch.bfloat16)})
+    made = preparation.finish()
+    assert {name: tuple(t.shape) for name, t in made.items() if isinstance(t, Tensor)} == {
+        "words": (2, 48, 32),
+        "group_scales": (16, 48),
+    }
+    assert sum(t.nbytes for t in made.values() if isinstance(t, Tensor)) == 48 * 512 // 2 + 48 * 16 * 2
+
+
+def test_a_missing_expert_is_named() -> None:
+    preparation = TiledExperts({"experts": 3, "group_size": -1})
+    one = {
+        "gate_up_packed": pack_int4(codes(16, 64)),
+        "gate_up_scales": torch.ones(16, 1, dtype=torch.bfloat16),
+        "down_packed": pack_int4(codes(64, 8)),
+        "down_scales": torch.ones(64, 1, dtype=torch.bfloat16),
+    }
+    preparation.add(1, one)
+    with pytest.raises(InputError, match=r"experts missing: \[0, 2\]"):
+        preparation.finish()
+    with pytest.raises(InputError, match="part 3 arrived; expected experts 0 to 2"):
+        preparation.add(3, one)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    check_width("int4_matmul", 200, 256)
+    with pytest.raises(InputError, match="rows of 257 numbers, and a weight of 1 to 256 inputs"):
+        check_width("int4_matmul", 257, 256)
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 8, 24, 64])
+@pytest.mark.parametrize("blocks", [1, 8, 64, 2420])
+def test_segments_are_equally_long_and_not_too_many(tiles: int, blocks: int) -> None:
+    segment, segments = segments_of(tiles, blocks)
+    assert segment * segments == tiles
+    assert segments == 1 or segments * blocks <= PROGRAMS
+
+
+@pytest.mark.parametrize("card", [SMALL, LARGE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_tiles_grow_with_the_rows_and_end(card: tuple[int, int], dtype: torch.dtype) -> None:
+    with assume(card):
+        rows = [int4_tiles(count, dtype).rows for count in (1, 16, 17, 64, 4096)]
+    assert rows == sorted(rows)
+    assert rows[0] == 16
+    assert rows[-1] <= 128
+
+
+REASONS: list[tuple[Operator, dict[str, Any], str]] = [
+    (int4_matmul, {"width_in": 64, "width_out": 8, "group_size": 8}, "groups of a multiple of 32 weights"),
+    (int4_quantize, {"width": 64, "group_size": 32, "rule": "mse"}, "amax7 and signed8, not mse"),
+    (int4_quantize, {"width": 32768, "group_size": -1, "rule": "amax7"}, "at most 16384 weights, not 32768"),
+    (int8_matmul, {"width_in": 2**17, "width_out": 8}, "fewer than 131072 inputs, not 131072"),
+    (rms_norm, {"width": 2**15 + 1}, "at most 32768 numbers, not 32769"),
+    (expert_mlp, {"width": 64, "width_between": 32, "experts": 1025, "top_k": 8}, "at most 1024 experts, not 1025"),
+    (
+        expert_mlp_int4,
+        {"width": 64, "width_between": 32, "experts": 4, "top_k": 8, "group_size": 24},
+        "multiple of 32 weights, or whole rows (-1), not of 24",
+    ),
+    (
+        route_experts,
+        {"width": 64, "experts": 2048, "top_k": 8, "groups": 1, "groups_kept": 1, "renormalise": True},
+        "at most 1024 experts, not 2048",
+    ),
+]
+
+
+@pytest.mark.parametrize(("operator", "facts", "reason"), REASONS, ids=lambda value: getattr(value, "name", None))
+def test_what_a_kernel_cannot_do_it_says(operator: Operator, facts: dict[str, Any], reason: str) -> None:
+    complete = operator.complete_facts({"device_type": "cuda", "dtype": torch.bfloat16} | facts)
+    assert reason in "\n".join(operator.implementations["cuda/triton"].not_supported(**complete))
+
+
+@pytest.mark.parametrize("operator", [int4_matmul, expert_mlp, expert_mlp_int4, route_experts, rms_norm])
+def test_float64_is_left_to_the_portable(operator: Operator) -> None:
+    facts: dict[str, Any] = dict.fromkeys(operator.facts, 64) | {"device_type": "cuda", "dtype": torch.float64}
+    reasons = operator.implementations["cuda/triton"].not_supported(**operator.complete_facts(facts))
+    assert any("not float64" in reason for reason in reasons)
