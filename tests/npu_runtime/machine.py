@@ -129,15 +129,20 @@ def armed(*kernels: str) -> Iterator[None]:
         _kernels.stand_in_arm(b"")
 
 
+def taken() -> list[KernelCall]:
+    """The aclnn calls since the last time that somebody asked."""
+    return _parse(_kernels.stand_in_take_log().decode())
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[KernelCall]]:
     """The aclnn calls made within the context, filled when it ends."""
-    _kernels.stand_in_take_log()
+    taken()
     calls: list[KernelCall] = []
     try:
         yield calls
     finally:
-        calls += _parse(_kernels.stand_in_take_log().decode())
+        calls += taken()
 
 
 def _parse(log: str) -> list[KernelCall]:

@@ -16,10 +16,11 @@ NARROW = (torch.float16, torch.bfloat16)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """[queries, heads, width]: softmax over the visible keys; a row that sees none is not defined. float32."""
+def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """[queries, heads, width]: softmax over the visible keys, its weights rounded to `dtype` for the second product, as the
+    matrix units want them; a row that sees none is not defined."""
     scores = torch.einsum("qhd,qkd->qhk" if keys.dim() == 3 else "qhd,kd->qhk", query, keys) * scale
-    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1).to(dtype).float()
     return torch.einsum("qhk,qkd->qhd" if keys.dim() == 3 else "qhk,kd->qhd", weights, values)
 
 
@@ -62,7 +63,7 @@ def sparse(a: Any, query: Tensor, key: Tensor, split: Any) -> Tensor:
         seen = (chosen >= 0) & (chosen <= limit)
         require(bool((chosen < sequence.keys).all()) or a.sparse_mode == 3, "indices below the number of keys")
         inside = chosen.clamp(0, sequence.keys - 1)
-        out[mine] = attend(flat[mine], keys[inside], values[inside], seen, a.scale_value)
+        out[mine] = attend(flat[mine], keys[inside], values[inside], seen, a.scale_value, query.dtype)
     return out.view(*query.shape[:-1], LATENT)
 
 
@@ -99,7 +100,7 @@ def kv_quant_sparse_flash_attention(a: Any) -> Tensor:
         stored = paging.rows(a.layout_kv, a.key, a.block_table, sequence, starts).contiguous()
         codes, rope, scales = stored.split([LATENT, 2 * ROPE, 16], dim=-1)
         scales = scales.contiguous().view(torch.float32).repeat_interleave(TILE, dim=-1)
-        latent = codes.float() * scales
+        latent = (codes.float() * scales).to(a.query.dtype).float()
         return torch.cat((latent, rope.contiguous().view(a.query.dtype).float()), dim=-1), latent
 
     return sparse(a, a.query, a.key, split).to(a.query.dtype)
@@ -155,7 +156,7 @@ def fused_infer_attention_score(a: Any) -> tuple[Tensor, None]:
         seen = paging.causal(sequence) if a.sparse_mode == 3 else torch.ones(count, length, dtype=torch.bool)
         if count and length:
             mine = slice(start, start + count)
-            out[mine] = attend(query[mine], torch.cat((latent, angles), dim=-1), latent, seen, a.scale)
+            out[mine] = attend(query[mine], torch.cat((latent, angles), dim=-1), latent, seen, a.scale, a.query.dtype)
     if a.input_layout == "TND":
         return out.to(a.query.dtype), None
     out = out.view(tokens_first.shape[0], -1, heads, LATENT)
