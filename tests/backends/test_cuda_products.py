@@ -26,15 +26,15 @@ def codes(*shape: int) -> Tensor:
     return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
 
 
-@pytest.mark.parametrize("width", [8, 72, 256, 264, 512])
-def test_nibble_j_of_word_m_is_input_32_j_plus_m(width: int) -> None:
+@pytest.mark.parametrize("width", [8, 72, 128, 136, 384])
+def test_nibbles_i_and_i_plus_4_of_word_m_are_two_inputs_side_by_side(width: int) -> None:
     canonical = codes(3, width)
     words = tile_words(pack_int4(canonical))
     tiles = -(-width // TILE)
-    assert words.shape == (tiles, 3, 32)
+    assert words.shape == (tiles, 3, 16)
     for k in range(tiles * TILE):
-        tile, run, place = k // TILE, k % TILE // 32, k % 32
-        stored = (words[tile, :, place] >> (4 * run)) & 15
+        tile, run, pair, second = k // TILE, k % TILE // 32, k % 32 // 2, k % 2
+        stored = (words[tile, :, pair] >> (4 * (run + 4 * second))) & 15
         expected = canonical[:, k].to(torch.int32) + 8 if k < width else torch.full((3,), 8, dtype=torch.int32)
         assert torch.equal(stored, expected)
 
@@ -49,7 +49,7 @@ def test_prepared_weights_take_what_canonical_ones_take_plus_the_padding() -> No
     preparation.add(None, {"packed": pack_int4(codes(48, 512)), "scales": torch.ones(48, 16, dtype=torch.bfloat16)})
     made = preparation.finish()
     assert {name: tuple(t.shape) for name, t in made.items() if isinstance(t, Tensor)} == {
-        "words": (2, 48, 32),
+        "words": (4, 48, 16),
         "group_scales": (16, 48),
     }
     assert sum(t.nbytes for t in made.values() if isinstance(t, Tensor)) == 48 * 512 // 2 + 48 * 16 * 2
@@ -72,7 +72,7 @@ def test_a_missing_expert_is_named() -> None:
 
 def test_rows_of_another_width_are_refused() -> None:
     check_width("int4_matmul", 200, 256)
-    with pytest.raises(InputError, match="rows of 257 numbers, and a weight of 1 to 256 inputs"):
+    with pytest.raises(InputError, match="rows of 257 numbers, and a weight of 129 to 256 inputs"):
         check_width("int4_matmul", 257, 256)
 
 

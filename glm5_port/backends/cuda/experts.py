@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.matmul import TILE, check_width, group_reasons, int4_tiles, quantize_rows, scale_rows, tile_words
+from glm5_port.backends.cuda.matmul import (
+    TILE,
+    check_width,
+    group_reasons,
+    int4_tiles,
+    quantize_rows,
+    scale_rows,
+    tile_words,
+)
 from glm5_port.backends.cuda.triton_support import LARGE, generation, kernels, launch, power_of_two, rows_of, triton
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
@@ -212,7 +220,7 @@ def _fake_experts(
 
 @dataclass(frozen=True, slots=True)
 class Int4Weights:
-    """The prepared weights of INT4 experts: words [E, tiles, outputs, 32] and scales [E, groups, outputs] of both products."""
+    """The prepared weights of INT4 experts: words [E, tiles, outputs, 16] and scales [E, groups, outputs] of both products."""
 
     gate_up_words: Tensor
     gate_up_scales: Tensor

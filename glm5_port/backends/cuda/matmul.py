@@ -1,6 +1,6 @@
 """Triton int4_matmul and int8_matmul, and the INT4 weight layout of the kernels.
 
-A prepared weight has the bytes of the canonical one in another order (kernels/weights.py): tiles of 256 inputs, [tiles, N, 32]
+A prepared weight has the bytes of the canonical one in another order (kernels/weights.py): tiles of 128 inputs, [tiles, N, 16]
 words, padded up to whole tiles, and scales [groups, N]. bfloat16 products (linear, gated_mlp, linear_per_head) have no kernel
 here: what the portable implementations call, torch's own matrix products, is the vendor's library.
 
@@ -23,7 +23,7 @@ from glm5_port.operators.int4 import SMALLEST_ROW, check_int4, int4_matmul, int8
 from glm5_port.quant.int4 import PER_CHANNEL, groups_of
 from glm5_port.quant.packing import pack_int4, unpack_int4
 
-TILE, RUN, RUNS = 256, 32, 8
+TILE, RUN = 128, 32
 FEW_ROWS = 64
 """Up to so many rows, segments have programs of their own."""
 PROGRAMS = 512
@@ -42,11 +42,11 @@ def group_reasons(group_size: int) -> list[str]:
 
 
 def tile_words(packed: Tensor) -> Tensor:
-    """Canonical words [..., N, K / 8] in tiles, [..., ceil(K / 256), N, 32] int32; inputs beyond K have the code 0."""
+    """Canonical words [..., N, K / 8] in tiles, [..., ceil(K / 128), N, 16] int32; inputs beyond K have the code 0."""
     codes = unpack_int4(packed)
     codes = F.pad(codes, (0, -codes.shape[-1] % TILE))
-    tiled = codes.unflatten(-1, (-1, RUNS, RUN)).movedim(-4, -3).transpose(-1, -2)
-    return pack_int4(tiled.contiguous()).squeeze(-1)
+    runs = codes.unflatten(-1, (-1, TILE // RUN, RUN // 2, 2)).movedim(-5, -4)  # tiles, N, runs, words, two inputs
+    return pack_int4(runs.movedim(-3, -1).flatten(-2).contiguous()).squeeze(-1)
 
 
 def scale_rows(scales: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def int4_tiles(rows: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 16, 4, 2)
     if generation() == LARGE and dtype == torch.bfloat16:
-        return Tiles(64 if least <= FEW_ROWS else 128, least, 4 if least <= FEW_ROWS else 8, 3 if least <= FEW_ROWS else 2)
-    return Tiles(64, min(least, 64), 4, 2)
+        return Tiles(64, least, 4, 4) if least <= FEW_ROWS else Tiles(128, least, 8, 3)
+    return Tiles(64, min(least, 64), 4, 3 if dtype == torch.bfloat16 else 2)
 
 
 def segments_of(tiles: int, blocks: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from glm5_port.backends.cuda.kernels.numbers import dot_add, narrow
-from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, add_run
+from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, WORDS, add_run
 
 
 @triton.jit
@@ -138,8 +138,8 @@ def run_of_inputs(x, x_rows, used, start, WIDTH: tl.constexpr):
 
 @triton.jit
 def run_of_scales(scales, start, n, OUTPUTS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, inside):
-    """The scale of each output for the inputs from `start`, float32."""
-    return tl.load(scales + (start // GROUP) * OUTPUTS + n, mask=inside & (start < WIDTH), other=0.0).to(tl.float32)
+    """The scale of each output for the inputs from `start`."""
+    return tl.load(scales + (start // GROUP) * OUTPUTS + n, mask=inside & (start < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def int4_gate_up(
     CHOICES: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (blocks of outputs, blocks of rows). words: [E, TILES, 2 BETWEEN, 32]; scales: [E, GROUPS, 2 BETWEEN].
+    """Programs: (blocks of outputs, blocks of rows). words: [E, TILES, 2 BETWEEN, 16]; scales: [E, GROUPS, 2 BETWEEN].
 
     x: [T, WIDTH], or its int8 codes with `row_scales` [T]: then gate and up are rounded to the dtype of `between`."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -160,13 +160,13 @@ def int4_gate_up(
     used = row >= 0
     x_rows = (row // CHOICES) * x_stride
     inside = n < BETWEEN
-    gate_words = words + expert * (TILES * 2 * BETWEEN * RUN) + n[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    gate_words = words + expert * (TILES * 2 * BETWEEN * WORDS) + n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scales += expert * (GROUPS * 2 * BETWEEN)
     gate = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for tile in range(TILES):
-        held_gate = tl.load(gate_words + tile * (2 * BETWEEN * RUN), mask=inside[:, None], other=0)
-        held_up = tl.load(gate_words + (tile * 2 + 1) * (BETWEEN * RUN), mask=inside[:, None], other=0)
+        held_gate = tl.load(gate_words + tile * (2 * BETWEEN * WORDS), mask=inside[:, None], other=0)
+        held_up = tl.load(gate_words + (tile * 2 + 1) * (BETWEEN * WORDS), mask=inside[:, None], other=0)
         for j in tl.static_range(RUNS):
             start = tile * TILE + j * RUN
             inputs = run_of_inputs(x, x_rows, used, start, WIDTH)
@@ -188,7 +188,7 @@ def int4_down(
     WIDTH: tl.constexpr, BETWEEN: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (blocks of outputs, blocks of rows). words: [E, TILES, WIDTH, 32]; scales: [E, GROUPS, WIDTH].
+    """Programs: (blocks of outputs, blocks of rows). words: [E, TILES, WIDTH, 16]; scales: [E, GROUPS, WIDTH].
 
     between: [routed rows, BETWEEN], or its int8 codes with `row_scales`; results: [routed rows, WIDTH]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,11 +199,11 @@ def int4_down(
     row = tl.load(rows_of_block + block * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     used = row >= 0
     inside = n < WIDTH
-    tile_words = words + expert * (TILES * WIDTH * RUN) + n[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    tile_words = words + expert * (TILES * WIDTH * WORDS) + n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scales += expert * (GROUPS * WIDTH)
     sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for tile in range(TILES):
-        held = tl.load(tile_words + tile * (WIDTH * RUN), mask=inside[:, None], other=0)
+        held = tl.load(tile_words + tile * (WIDTH * WORDS), mask=inside[:, None], other=0)
         for j in tl.static_range(RUNS):
             start = tile * TILE + j * RUN
             inputs = run_of_inputs(between, row * BETWEEN, used, start, BETWEEN)

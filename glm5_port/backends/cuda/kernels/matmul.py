@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from glm5_port.backends.cuda.kernels.numbers import narrow
-from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, add_run
+from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, WORDS, add_run
 
 
 @triton.jit
@@ -26,18 +26,18 @@ def int4_products(
 ):  # fmt: skip
     """Programs: (blocks of outputs, blocks of rows, runs of SEGMENTS segments). y: [runs, rows, outputs].
 
-    words: [tiles, outputs, 32]; scales: [groups, outputs]; SEGMENT: tiles of a segment."""
+    words: [tiles, outputs, 16]; scales: [groups, outputs]; SEGMENT: tiles of a segment."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_run = tl.arange(0, RUN)
-    word_places = n[:, None] * RUN + in_run[None, :]
+    word_places = n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     first = tl.program_id(2) * (SEGMENTS * SEGMENT)
     for segment in range(SEGMENTS):
         sums = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for step in range(SEGMENT):
             tile = first + segment * SEGMENT + step
-            held = tl.load(words + tile.to(tl.int64) * (OUTPUTS * RUN) + word_places, mask=(n < OUTPUTS)[:, None], other=0)
+            held = tl.load(words + tile.to(tl.int64) * (OUTPUTS * WORDS) + word_places, mask=(n < OUTPUTS)[:, None], other=0)
             for j in tl.static_range(RUNS):
                 start = tile * TILE + j * RUN
                 k = start + in_run
@@ -45,7 +45,7 @@ def int4_products(
                 inputs = tl.load(
                     x + r[None, :] * x_stride + k[:, None], mask=(r < rows)[None, :] & (k < WIDTH)[:, None], other=0.0
                 )
-                sums = add_run(held, scale.to(tl.float32), inputs, sums, j)
+                sums = add_run(held, scale, inputs, sums, j)
         total += sums
     places = (tl.program_id(2).to(tl.int64) * rows + r[None, :]) * OUTPUTS + n[:, None]
     tl.store(y + places, narrow(total, y.dtype.element_ty), mask=(r < rows)[None, :] & (n < OUTPUTS)[:, None])
