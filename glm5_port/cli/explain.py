@@ -52,7 +52,12 @@ def explain(
     else:
         record = _decide(_find(operator), as_backend, facts, assumed, given)
         records = [record]
-        print_json(record.as_dict()) if as_json else print_text(f"{record}\n  facts: {_facts_line(record)}")
+        promises = _promises(record)
+        if as_json:
+            print_json(record.as_dict() | {"promises": promises})
+        else:
+            kept = [f"{name}: {', '.join(words) or 'none'}" for name, words in promises.items()]
+            print_text(f"{record}\n  facts: {_facts_line(record)}\n  promises  {'; '.join(kept)}")
     if any(record.chosen is None for record in records):
         raise typer.Exit(1)
 
@@ -94,6 +99,17 @@ def _decide(
     complete = {"device_type": _device_type(), **facts, **assumed[operator.name]}
     complete |= {name: _parse_value(name, text, complete.get(name)) for name, text in given.items()}
     return decide(operator, operator.complete_facts(complete), as_backend=as_backend)
+
+
+def _promises(record: Selection) -> dict[str, list[str]]:
+    """What the chosen implementation promises (`glm5_port.registry.PROMISES`), and those that could run in its place."""
+    from glm5_port.registry import OPERATORS, PORTABLE
+
+    if record.chosen is None:
+        return {}
+    implementations = OPERATORS[record.operator].implementations
+    names = [c.id for c in record.candidates if implementations[c.id].backend in (record.chosen.backend, PORTABLE)]
+    return {name: sorted(implementations[name].promises) for name in names}
 
 
 def _find(name: str) -> Operator:

@@ -13,13 +13,13 @@ from glm5_port.testing.tiny import TINY
 
 
 @pytest.fixture
-def npu_kernel():
-    """An rms_norm of the npu that takes widths up to 4096 only."""
+def musa_kernel():
+    """An rms_norm of musa that takes widths up to 4096 only."""
     rms_norm.implement(
-        "npu", variant="made_up", not_supported=lambda *, width, **_: ["width above 4096"] if width > 4096 else []
+        "musa", variant="made_up", not_supported=lambda *, width, **_: ["width above 4096"] if width > 4096 else []
     )(lambda x, weight, eps: x)
-    yield "npu/made_up"
-    del rms_norm.implementations["npu/made_up"]
+    yield "musa/made_up"
+    del rms_norm.implementations["musa/made_up"]
     rms_norm._memo.clear()
 
 
@@ -56,13 +56,20 @@ def test_sparse_mla_attention_as_npu(command_line) -> None:
     assert "top_k=2048" in done.out
 
 
-def test_a_fact_decides(command_line, npu_kernel: str) -> None:
-    refused = command_line("explain", "rms_norm", "--as", "npu")
+def test_a_fact_decides(command_line, musa_kernel: str) -> None:
+    refused = command_line("explain", "rms_norm", "--as", "musa")
     assert "-> torch/eager" in refused.out
-    assert f"{npu_kernel}  width above 4096" in refused.out
-    taken = command_line("explain", "rms_norm", "--as", "npu", "--fact", "width=2048")
-    assert f"-> {npu_kernel}" in taken.out
-    assert f"torch/eager  outranked by {npu_kernel}" in taken.out
+    assert f"{musa_kernel}  width above 4096" in refused.out
+    taken = command_line("explain", "rms_norm", "--as", "musa", "--fact", "width=2048")
+    assert f"-> {musa_kernel}" in taken.out
+    assert f"torch/eager  outranked by {musa_kernel}" in taken.out
+
+
+def test_promises_are_shown(command_line) -> None:
+    done = command_line("explain", "lightning_indexer", "--as", "npu")
+    assert "promises  npu/aclnn: none; npu/ordered: deterministic, tie_rule; torch/eager: deterministic, tie_rule" in done.out
+    record = json.loads(command_line("explain", "select_top_k", "--as", "npu", "--json").out)
+    assert "tie_rule" in record["promises"]["torch/eager"]
 
 
 def test_nothing_fits_is_1_with_the_record_on_stdout(command_line) -> None:
