@@ -16,10 +16,10 @@ from glm5_port.testing.tiny import TINY
 def musa_kernel():
     """An rms_norm of musa that takes widths up to 4096 only."""
     rms_norm.implement(
-        "musa", variant="made_up", not_supported=lambda *, width, **_: ["width above 4096"] if width > 4096 else []
+        "musa", variant="madeup", not_supported=lambda *, width, **_: ["width above 4096"] if width > 4096 else []
     )(lambda x, weight, eps: x)
-    yield "musa/made_up"
-    del rms_norm.implementations["musa/made_up"]
+    yield "musa/madeup"
+    del rms_norm.implementations["musa/madeup"]
     rms_norm._memo.clear()
 
 
