@@ -6,6 +6,9 @@
 Writes a synthetic checkpoint of random bf16 weights and exports it in a process of its own for each number of workers. Figures
 include everything an export does: reading, quantising, error statistics, sha256 of source and output, fsync. The source has just
 been written, so most of it is read from the page cache: on disks slower than the figure, the disk decides.
+
+The floor is sha256 of every byte that is read and of every byte that is written, at the rate measured in the same process before
+and after the export; the share is floor / processor time.
 """
 
 from __future__ import annotations
@@ -29,16 +32,25 @@ from glm5_port.model.tensors import FLOAT32, expected_tensors
 EXPERT_PARAMETERS = 3 * 6144 * 2048
 GLM5_ROUTED = 75 * 256 * EXPERT_PARAMETERS
 CHILD = """
-import json, os, sys, time
+import hashlib, json, os, sys, time
 from glm5_port.quant.export import export
+chunk = os.urandom(2**19)
+def hashing():
+    digest, started = hashlib.sha256(), time.process_time()
+    for _ in range(400):
+        digest.update(chunk)
+    return 400 * len(chunk) / (time.process_time() - started)
 peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+rate = hashing()
 before, started, used = peak(), time.perf_counter(), time.process_time()
 made = export(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
 seconds = time.perf_counter() - started
 processor = time.process_time() - used
+rate = (rate + hashing()) / 2
+hashed = made.plan.source_bytes + made.plan.bytes
 quantized = sum(tensor.source.bytes // 2 for tensor in made.plan.quantized)
 print(json.dumps({"seconds": seconds, "processor": processor, "before": before, "peak": peak(), "workers": made.workers,
-                  "quantized": quantized}))
+                  "quantized": quantized, "rate": rate, "floor": hashed / rate}))
 """
 
 
@@ -102,7 +114,8 @@ def main() -> None:
             print(
                 f"workers {found['workers']}: {found['seconds']:.1f} s, {rate / 1e6:,.0f} M parameters/s, "
                 f"{per_second / 1e6:,.0f} M for each second of processor time; peak memory {found['peak'] / 2**20:,.0f} MiB, "
-                f"{found['before'] / 2**20:,.0f} MiB of it before it began; "
+                f"{found['before'] / 2**20:,.0f} MiB of it before it began; sha256 at {found['rate'] / 1e9:.2f} GB/s alone would "
+                f"take {found['floor']:.1f} s, {found['floor'] / found['processor']:.0%} of the processor time; "
                 f"extrapolated to GLM-5's {GLM5_ROUTED / 1e9:.1f} G: {GLM5_ROUTED / rate / 60:,.0f} min"
             )
         if arguments.verify:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from glm5_port.model.stored_tensors import StoredTensor
 
 PART = ".part"
 """Ending of a file that is not whole yet."""
+if TYPE_CHECKING:
+    import xxhash
+
 CHUNK = 4 * 2**20
 """Bytes that are copied at once."""
 HASHED = 2**18
@@ -172,6 +176,15 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def tensor_digest() -> xxhash.xxh3_128:
+    """The digest that tells written tensors from each other, XXH3 with 128 bits: twenty times as fast as sha256. It is no proof
+    against intent; whole files, and what was read, have sha256.
+    """
+    import xxhash
+
+    return xxhash.xxh3_128()
 
 
 def hash_file(path: Path) -> str:

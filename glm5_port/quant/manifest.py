@@ -1,5 +1,5 @@
-"""int4_manifest.json: what an export is, from what it was made, and the sha256 of every tensor and file. It names no path, time
-or machine, so that the same export gives the same bytes everywhere.
+"""int4_manifest.json: what an export is, from what it was made, the sha256 of every file and source tensor, and the XXH3 digest
+of every tensor. It names no path, time or machine, so that the same export gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.plan import Plan
 
 MANIFEST = "int4_manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 
 _ROUNDING = {
     "amax7": "scale bf16(amax / 7), code half-even(w / scale) in -7..7, value bf16(code * scale)",
@@ -64,7 +64,7 @@ def manifest_text(
                     "file": shard.file,
                     "dtype": output.dtype,
                     "shape": list(output.shape),
-                    "sha256": recorded["outputs"][output.name],
+                    "xxh3_128": recorded["outputs"][output.name],
                     "from": tensor.name,
                     "action": tensor.action,
                     "source_sha256": recorded["source"],

@@ -1,12 +1,12 @@
 """Verifies an INT4 checkpoint: everything that loaders let pass.
 
 Four layers, each of which needs more than the one before: the checkpoint alone (names, shapes, files, config, codes, scales), its
-manifest (sha256 of every tensor and file), and the source (recomputation). Problems are gathered, not raised, and name tensors.
+manifest (sha256 of files, digests of tensors), and the source (recomputation). Problems are gathered, not raised, and name
+tensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import threading
@@ -26,7 +26,7 @@ from glm5_port.config_file import read_json
 from glm5_port.errors import CheckpointError, Glm5PortError, InputError
 from glm5_port.model.stored_tensors import StoredTensor, StoredTensors
 from glm5_port.quant.config_text import KEY, without_quantization
-from glm5_port.quant.files import Reader, hash_file
+from glm5_port.quant.files import Reader, hash_file, tensor_digest
 from glm5_port.quant.formats import Format, format_of, stored_group_size
 from glm5_port.quant.int4 import LEARNED, Int4Rule, groups_of
 from glm5_port.quant.manifest import read_manifest, rule_of
@@ -173,7 +173,7 @@ def _check_hashes(
     pool: ThreadPoolExecutor,
     steps: _Steps,
 ) -> None:
-    """Compares sha256 of files with the manifest; in files that differ, of every tensor, so that tensors are named."""
+    """Compares sha256 of files with the manifest; in files that differ, digests of every tensor, so that tensors are named."""
     listed, files = manifest["tensors"], manifest["files"]
     result.problems += [f"{name} is in the manifest and not in the checkpoint" for name in listed if name not in stored.tensors]
     result.problems += [f"{name} is in the checkpoint and not in the manifest" for name in stored.tensors if name not in listed]
@@ -184,17 +184,17 @@ def _check_hashes(
         result.problems.append(f"{name} {what}")
     by_digest: dict[str, list[str]] = {}
     for name, entry in listed.items():
-        by_digest.setdefault(entry["sha256"], []).append(name)
+        by_digest.setdefault(entry["xxh3_128"], []).append(name)
 
     def check(name: str) -> list[str]:
         try:
             digest = _tensor_digest(stored.tensors[name], reader)
         except CheckpointError as error:
             return [f"{name}: {error}"]
-        if digest == listed[name]["sha256"]:
+        if digest == listed[name]["xxh3_128"]:
             return []
         others = by_digest.get(digest, [])
-        return [f"{name} does not have the sha256 of the manifest" + (f": it holds the bytes of {others[0]}" if others else "")]
+        return [f"{name} does not have the digest of the manifest" + (f": it holds the bytes of {others[0]}" if others else "")]
 
     suspects = [name for name, tensor in stored.tensors.items() if tensor.file in changed and name in listed]
     _gather(result, pool.map(check, suspects))
@@ -209,7 +209,7 @@ def _digest(file: Path) -> str:
 
 
 def _tensor_digest(tensor: StoredTensor, reader: Reader) -> str:
-    digest = hashlib.sha256()
+    digest = tensor_digest()
     for chunk in reader.chunks(tensor):
         digest.update(chunk)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from glm5_port.errors import ExportError, InputError
 from glm5_port.model.block_fp8 import dequantize_rows
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.operators.int4 import quantize_rows
-from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, write_at
+from glm5_port.quant.files import PART, Reader, as_bytes, as_tensor, hash_file, sync_directory, tensor_digest, write_at
 from glm5_port.quant.formats import exact_scales
 from glm5_port.quant.int4 import quantize_packed, quantize_with_scales
 from glm5_port.quant.journal import Journal
@@ -146,7 +146,7 @@ class OpenPiece:
     """A piece that is filled from its first byte on, and hashed."""
 
     def __init__(self, target: OpenShard, name: str) -> None:
-        self._target, self._place, self.bytes, self.digest = target, target.shard.places[name], 0, hashlib.sha256()
+        self._target, self._place, self.bytes, self.digest = target, target.shard.places[name], 0, tensor_digest()
 
     def append(self, data: memoryview) -> None:
         """Writes the next bytes; whole rows where rows do not follow each other."""
@@ -168,9 +168,9 @@ def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryvi
 def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: OpenShard) -> dict[str, Any]:
     """Writes what stands for one source tensor; hashes of it and of the source, and statistics if it was quantised."""
     outputs = {output.name: OpenPiece(target, output.name) for output in tensor.outputs}
-    source = outputs[tensor.outputs[0].name].digest if tensor.copied else hashlib.sha256()
+    source = hashlib.sha256()
     statistics: list[Statistics] = []
-    for name, data in made(plan, tensor, reader, _unseen if tensor.copied else source.update, statistics):
+    for name, data in made(plan, tensor, reader, source.update, statistics):
         outputs[name].append(data)
     for planned in tensor.outputs:
         if outputs[planned.name].bytes != planned.bytes:

@@ -161,7 +161,7 @@ def test_what_shows_without_manifest_and_source(fault: Callable[[Path], None], n
 def test_swapped_tensors_are_recognised(copy: Path) -> None:
     swap_gate_and_up(copy)
     gate, up = expert(2, 1, "gate"), expert(2, 1, "up")
-    wanted = f"{gate}_packed does not have the sha256 of the manifest: it holds the bytes of {up}_packed"
+    wanted = f"{gate}_packed does not have the digest of the manifest: it holds the bytes of {up}_packed"
     assert wanted in verify(copy).problems
 
 
@@ -240,7 +240,7 @@ def test_a_carried_tensor_that_changed_and_a_tensor_too_many(copy: Path, source:
     file = json.loads((copy / INDEX).read_text())["weight_map"]["model.norm.weight"]
     change(copy, edit, file)
     problems = verify(copy, source).problems
-    assert "model.norm.weight does not have the sha256 of the manifest" in problems
+    assert "model.norm.weight does not have the digest of the manifest" in problems
     assert "model.norm.weight is not what the source gives" in problems
     assert any(problem.startswith("stranger") for problem in problems)
     assert any("does not list 1 tensors" in problem for problem in problems)

@@ -253,7 +253,7 @@ def test_a_weight_that_graphs_decode_themselves(tmp_path: Path) -> None:
 def test_swapped_weights_are_recognised(copy: Path) -> None:
     swap_gate_and_up(copy)
     gate, up = (piece(copy, expert(2, 1, projection)) for projection in ("gate", "up"))
-    assert f"{gate} does not have the sha256 of the manifest: it holds the bytes of {up}" in verify(copy).problems
+    assert f"{gate} does not have the digest of the manifest: it holds the bytes of {up}" in verify(copy).problems
 
 
 def test_a_group_size_in_the_record_that_is_not_that_of_the_scales(copy: Path) -> None:
