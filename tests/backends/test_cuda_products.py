@@ -3,15 +3,31 @@ kernels compute their operators is held by tests/interpreter."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.experts import TiledExperts
-from glm5_port.backends.cuda.matmul import PROGRAMS, TILE, TiledWeight, check_width, int4_tiles, segments_of, tile_words
-from glm5_port.backends.cuda.triton_support import assume
+from glm5_port.backends.cuda.experts import (
+    TiledExperts,
+    expert_mlp_int4_triton,
+    expert_mlp_int4_w4a8_triton,
+    expert_mlp_triton,
+)
+from glm5_port.backends.cuda.matmul import (
+    PROGRAMS,
+    TILE,
+    TiledWeight,
+    check_width,
+    int4_matmul_triton,
+    int4_tiles,
+    int8_matmul_triton,
+    segments_of,
+    tile_words,
+)
+from glm5_port.backends.cuda.triton_support import assume, recording
 from glm5_port.dispatch import Operator
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import expert_mlp_int4, int4_matmul, int4_quantize, int8_matmul
@@ -125,3 +141,59 @@ def test_float64_is_left_to_the_portable(operator: Operator) -> None:
     facts: dict[str, Any] = dict.fromkeys(operator.facts, 64) | {"device_type": "cuda", "dtype": torch.float64}
     reasons = operator.implementations["cuda/triton"].not_supported(**operator.complete_facts(facts))
     assert any("not float64" in reason for reason in reasons)
+
+
+# -- many rows ---------------------------------------------------------------------------------------------------------
+
+WIDE, BETWEEN, EXPERTS, ROWS = 6144, 2048, 2, 512
+"""Of cases at GLM-5 widths, tests/backends/test_triton.py compiles the tiles of few rows; these are the ones of many."""
+TENSOR_MEMORY = 512
+"""Columns that a multiprocessor of Blackwell has. A kernel that takes more compiles, to nothing, and cannot start."""
+
+
+def launch_everything(dtype: torch.dtype) -> None:
+    """All products of many rows, with weights that hold anything."""
+
+    def words(*shape: int) -> Tensor:
+        return torch.empty((*shape, 16), dtype=torch.int32)
+
+    def scales(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    x, ids = torch.empty(ROWS, WIDE, dtype=dtype), torch.zeros(ROWS, 2, dtype=torch.int32)
+    int4_matmul_triton(x, group_size=32, words=words(48, BETWEEN), group_scales=scales(192, BETWEEN))
+    int8_matmul_triton(x, torch.empty(BETWEEN, WIDE, dtype=torch.int8), torch.empty(BETWEEN))
+    int4_experts = {
+        "group_size": 32,
+        "gate_up_words": words(EXPERTS, 48, 2 * BETWEEN),
+        "gate_up_group_scales": scales(EXPERTS, 192, 2 * BETWEEN),
+        "down_words": words(EXPERTS, 16, WIDE),
+        "down_group_scales": scales(EXPERTS, 64, WIDE),
+    }
+    expert_mlp_int4_triton(x, torch.empty(ROWS, 2), ids, **int4_experts)
+    expert_mlp_int4_w4a8_triton(x, torch.empty(ROWS, 2), ids, **int4_experts)
+    weights = (torch.empty(EXPERTS, 2 * BETWEEN, WIDE, dtype=dtype), torch.empty(EXPERTS, WIDE, BETWEEN, dtype=dtype))
+    expert_mlp_triton(x, torch.empty(ROWS, 2), ids, *weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 89, 90, 100, 120])
+def test_tiles_of_many_rows_compile(target: int) -> None:
+    pytest.importorskip("triton", reason="NOT TESTED: triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from tests.backends.triton_compile import SHARED_MEMORY, compile_launch, distinct, signature_of
+
+    with assume(divmod(target, 10)), recording() as launches:
+        launch_everything(torch.bfloat16)
+    products = [launch for launch in distinct(launches) if "num_stages" in launch.options]
+    assert len(products) == 8
+    for launch in products:
+        taken = compile_launch(launch, target)
+        assert taken.stack == 0 and taken.shared <= SHARED_MEMORY[target], str(taken)
+        made = compile(
+            ASTSource(launch.kernel, *signature_of(launch)), target=GPUTarget("cuda", target, 32), options=launch.options
+        )
+        assert (made.metadata.tmem_size or 0) <= TENSOR_MEMORY, str(taken)
+        assert re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", made.asm["ptx"]), f"{taken}: it multiplies nothing"

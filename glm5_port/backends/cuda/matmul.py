@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm5_port.backends.cuda.triton_support import LARGE, dense, generation, kernels, launch, power_of_two, rows_of, triton
+from glm5_port.backends.cuda.triton_support import (
+    LARGE,
+    capability,
+    dense,
+    generation,
+    kernels,
+    launch,
+    power_of_two,
+    rows_of,
+    triton,
+)
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import SMALLEST_ROW, check_int4, int4_matmul, int8_matmul
 from glm5_port.quant.int4 import PER_CHANNEL, groups_of
@@ -26,6 +36,7 @@ from glm5_port.quant.packing import pack_int4, unpack_int4
 TILE, RUN = 128, 32
 FEW_ROWS = 64
 """Up to so many rows, segments have programs of their own."""
+HOPPER = (9, 0)
 PROGRAMS = 512
 """Segments are cut so that about as many programs run: two for each multiprocessor of the largest cards, and the
 same everywhere, so that results do not depend on the card's size."""
@@ -99,13 +110,19 @@ class Tiles:
 
 
 def int4_tiles(rows: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of INT4 products. Outputs of a program are 64 or 128, a row of x is decoded against once for each."""
-    least = min(power_of_two(rows, least=16), 128)
+    """Tiles of INT4 products for so many rows of x in `dtype`, which may be int8.
+
+    128 rows leave room for two programs a multiprocessor of Hopper: one decodes while the other multiplies. On Blackwell, gate
+    and up of 128 rows need more than its 512 columns of tensor memory."""
+    least = power_of_two(rows, least=16)
     if dtype == torch.float32:
         return Tiles(32, 16, 4, 2)
-    if generation() == LARGE and dtype == torch.bfloat16:
-        return Tiles(64, least, 4, 4) if least <= FEW_ROWS else Tiles(128, least, 8, 3)
-    return Tiles(64, min(least, 64), 4, 3 if dtype == torch.bfloat16 else 2)
+    if dtype != torch.bfloat16:
+        return Tiles(64, min(least, 32), 4, 2)
+    if generation() == LARGE:
+        most = 128 if (capability() or HOPPER)[0] == HOPPER[0] else 64
+        return Tiles(64, min(least, most), 4, 4 if least <= FEW_ROWS else 2)
+    return Tiles(64, min(least, 64), 4, 3)
 
 
 def segments_of(tiles: int, blocks: int) -> tuple[int, int]:
