@@ -5,7 +5,7 @@ Written down a second time, so that a chip, an argument or a rule that disappear
 
 DOCUMENTED = {
     "npu_rms_norm": (
-        "A2 | A3 | 950PR | 950DT",
+        "A2 | A3",
         "epsilon",
         "self dtype | gamma dtype",
     ),
@@ -20,7 +20,7 @@ DOCUMENTED = {
         "self dtype | r1 dtype | r2 dtype | self dims | r1 dims | rotary_mode | even width | self filled",
     ),
     "npu_swiglu": (
-        "A2 | A3 | 950PR | 950DT",
+        "A2 | A3",
         "dim",
         "self dtype | self contiguous | self filled | two halves",
     ),
@@ -33,7 +33,7 @@ DOCUMENTED = {
         ),
     ),
     "npu_format_cast": (
-        "A2 | A3 | 950PR | 950DT",
+        "A2 | A3 | 950DT",
         "",
         "acl_format | self contiguous",
     ),

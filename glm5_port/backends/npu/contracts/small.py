@@ -6,7 +6,6 @@ import torch
 
 from glm5_port.backends.npu.contracts.kinds import (
     A2_A3,
-    EVERY_CHIP,
     FLOATING,
     FRACTAL_NZ,
     WIDEST,
@@ -24,7 +23,7 @@ RMS_NORM = VendorOperator(
     "npu_rms_norm",
     ("aclnnRmsNorm",),
     ("self", "gamma"),
-    EVERY_CHIP,
+    A2_A3,
     explicit=("epsilon",),  # 1e-6 by default, GLM-5 has 1e-5
     rules=(
         of_dtype("self", *FLOATING),
@@ -64,7 +63,7 @@ SWIGLU = VendorOperator(
     "npu_swiglu",
     ("aclnnSwiGlu",),
     ("self",),
-    EVERY_CHIP,
+    A2_A3,  # torch_npu's page lists A2 alone, CANN's page of the kernel both
     explicit=("dim",),
     rules=(
         of_dtype("self", *FLOATING),
@@ -105,7 +104,7 @@ FORMAT_CAST = VendorOperator(
     "npu_format_cast",
     (),
     ("self", "acl_format"),
-    EVERY_CHIP,
+    ("A2", "A3", "950DT"),
     rules=(value("acl_format", FRACTAL_NZ), dense("self")),
 )
 SCATTER_ND_UPDATE = VendorOperator(
