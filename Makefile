@@ -21,7 +21,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-interpreter test-sanitize test-npu test-llama-cpp test-kt-kernel lint bench docs clean
+.PHONY: help env demo test test-all test-interpreter test-sanitize test-npu test-llama-cpp test-kt-kernel lint bench device-check docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -123,6 +123,9 @@ test-kt-kernel: env .venv-kt-kernel/.ready ## kt-kernel judges exported INT4 exp
 	@.venv-kt-kernel/bin/python -m pip --disable-pip-version-check --no-input --quiet install --no-deps -r $< \
 	  || { echo "NOT RUN: kt-kernel has wheels for Linux on x86-64 with glibc 2.35 or newer"; exit 1; }
 	@touch $@
+
+device-check: ## for a machine with a GPU: parity, promises and speed on it, into evidence/; installs nothing (PYTHON=python3)
+	@$(PYTHON) -m glm5_port.testing.device_check
 
 bench: env ## time every operator at GLM-5 widths (refuses where parity is red)
 	@$(BIN)/glm5-port bench

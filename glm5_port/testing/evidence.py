@@ -26,13 +26,23 @@ from glm5_port.requests import probe
 from glm5_port.testing.report import summary
 
 FORMAT = 1
+STAND_IN = "stand-in runtime"
+"""How a device calls itself that is no hardware (tests/npu_runtime): what ran there is no evidence."""
 
 
 def source_hash(implementation: Implementation) -> str:
-    """Digest of the module that an implementation stands in, of its operator's declaration and of its cases."""
+    """Digest of the module that an implementation stands in, of the kernels beside it (a package `kernels`, if there is one), of
+    its operator's declaration and of its cases."""
     operator = implementation.operator
     modules = (implementation.function.__module__, *_contract_modules(operator))
-    return hashlib.sha256(b"\0".join(_source(module) for module in dict.fromkeys(modules))).hexdigest()[:16]
+    sources = [_source(module) for module in dict.fromkeys(modules)]
+    return hashlib.sha256(b"\0".join(sources + _kernel_sources(implementation.function.__module__))).hexdigest()[:16]
+
+
+def _kernel_sources(module: str) -> list[bytes]:
+    """The text of the kernels of a backend, without importing them."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return [path.read_bytes() for path in sorted((Path(file).parent / "kernels").glob("*.py"))] if file else []
 
 
 def contract_hash(operator: Operator) -> str:
@@ -94,8 +104,14 @@ def evidence(results: Iterable[Mapping[str, Any]], backend: str) -> dict[str, An
 
 
 def write_evidence(record: Mapping[str, Any], directory: str | Path) -> Path:
-    """Writes a record under a name made of its chip, so that a new run of the same chip replaces the old one."""
+    """Writes a record under a name made of its chip, so that a new run of the same chip replaces the old one.
+
+    Raises:
+        ParityError: no hardware ran it.
+    """
     device = record["device"]
+    if any(STAND_IN in str(value) for value in device.values()):
+        raise ParityError(f"this ran on a {STAND_IN} ({device.get('device', device['backend'])}): evidence is of hardware only")
     chip = re.sub(r"[^a-z0-9]+", "-", " ".join([device["backend"], device.get("chip", device["platform"])]).lower()).strip("-")
     path = Path(directory) / f"parity-{chip}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

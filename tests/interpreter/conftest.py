@@ -11,8 +11,8 @@ collect_ignore_glob = [] if interpreted() else ["*"]
 
 
 def let_scalars_count() -> None:
-    """Triton 3.6's interpreter holds scalars as arrays of one number, and takes `int` of them where a loop has a bound that is not
-    constant; numpy 2.4 refuses that. Its own patch of tensors is extended by an index that works with both."""
+    """Triton 3.6's interpreter holds scalars as arrays of one number, and takes `int` of them where a loop has a bound that is
+    not constant; numpy 2.4 refuses that. Its own patch of tensors is extended by an index that works with both."""
     from triton.runtime import interpreter
 
     patch_tensor: Any = interpreter._patch_lang_tensor

@@ -100,7 +100,7 @@ def into_cache(
     else:
         store_index(rows[0], fields, slots, cache_format, rotation)
     for field, written in zip(cache, fields, strict=True):
-        if written.data_ptr() != field.data_ptr():  # strided rows, which no cache of this library has
+        if field.stride(-1) != 1 and field.shape[-1] > 1:  # strided rows, which no cache of this library has
             field.copy_(written)
 
 

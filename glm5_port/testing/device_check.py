@@ -1,0 +1,249 @@
+"""One command for a machine with a GPU: parity at small and true widths, promises, speed; the record goes under evidence/.
+
+    make device-check PYTHON=python3        (python3 -m glm5_port.testing.device_check)
+
+Installs nothing and builds nothing: it runs from the source tree with the torch and triton that are there, and asks for nothing
+else. Most of the time goes into compiling kernels for the small cases, so parity runs in several processes on the one card; speed
+is measured afterwards, alone. What does not fit the time is listed as not run, never left out silently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm5_port.plugins import load_plugins
+from glm5_port.registry import OPERATORS
+from glm5_port.requests import probe
+from glm5_port.testing import parity, speed
+from glm5_port.testing.cases import WIDTH, Make, load_suites
+from glm5_port.testing.evidence import device_description, evidence, write_evidence
+from glm5_port.testing.workloads import workloads
+
+SECONDS = 480.0
+"""For everything; a machine that is lent for ten minutes keeps two for starting and copying."""
+FOR_SPEED = 150.0
+"""Of these, kept for the measurements of speed."""
+CONTEXT, PREFILL = 131_072, 64
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+Item = tuple[str, str, str, bool]
+"""Operator, implementation, dtype, whether at GLM-5 widths."""
+
+
+def items(backend: str, operators: Sequence[str] | None = None) -> list[Item]:
+    """What parity runs, small cases first: the backend's own implementations in every dtype of their cases."""
+    suites = load_suites()
+    found = [
+        (implementation.operator.name, implementation.id, str(dtype).removeprefix("torch."), width)
+        for implementation in parity.implementations_on(backend, operators)
+        if implementation.backend == backend
+        for dtype, width in dict.fromkeys(
+            (dtype, bool(case.tags & WIDTH)) for case in suites[implementation.operator.name].cases for dtype in case.dtypes
+        )
+    ]
+    return sorted(found, key=lambda item: (item[3], item[2] != "bfloat16"))
+
+
+def run_item(backend: str, item: Item) -> list[dict[str, Any]]:
+    """Parity of one item, as plain data: what a worker does."""
+    load_plugins()
+    operator, implementation, dtype, width = item
+    results = parity.run(
+        [OPERATORS[operator].implementations[implementation]],
+        backend=backend,
+        dtypes=[getattr(torch, dtype)],
+        without_tags=frozenset() if width else WIDTH,
+        only_tags=WIDTH if width else frozenset(),
+    )
+    return [result.as_dict() for result in results]
+
+
+def run_parity(backend: str, wanted: Sequence[Item], *, workers: int, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """(results, items that did not end in time or died)."""
+    results: list[dict[str, Any]] = []
+    unfinished: list[str] = []
+    context = multiprocessing.get_context("spawn")  # a driver does not survive a fork
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    futures = {pool.submit(run_item, backend, item): item for item in wanted}
+    try:
+        for future in concurrent.futures.as_completed(futures, timeout=seconds):
+            try:
+                found = future.result()
+            except Exception as error:  # a worker that died takes its item with it; the others go on
+                unfinished.append(f"{_name(futures[future])}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                continue
+            results += found
+            failed = sum(result["status"] == "failed" for result in found)
+            print(f"  {_name(futures[future])}: {f'{failed} FAILED' if failed else 'passed'} of {len(found)}", flush=True)
+    except concurrent.futures.TimeoutError:
+        unfinished += [f"{_name(item)}: out of time" for future, item in futures.items() if not future.done()]
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:  # ours, and perhaps still computing
+        process.terminate()
+    return results, unfinished
+
+
+def _name(item: Item) -> str:
+    operator, implementation, dtype, width = item
+    return f"{operator} {implementation} {dtype}{' at GLM-5 widths' if width else ''}"
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, power and temperature, as nvidia-smi says; empty without it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    done = subprocess.run(
+        [tool, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True, timeout=20
+    )
+    return dict(zip(CLOCKS, (value.strip() for value in done.stdout.split(",")), strict=False)) if done.returncode == 0 else {}
+
+
+def run_speed(
+    backend: str, failed: set[tuple[str, str]], operators: Sequence[str] | None, *, context: int, until: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(timings of what passed parity, each with the ceilings measured beside it and the clocks after it; what was not timed)."""
+    from glm5_port.config import released
+
+    device = _device_type(backend)
+    machine = speed.Machine(device, torch.bfloat16)
+    timings: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    chosen = parity.implementations_on(backend, operators)
+    for workload in workloads(released("GLM-5.2"), prefill=min(PREFILL, context), context=context):
+        for implementation in (i for i in chosen if i.operator is workload.operator):
+            key = (workload.operator.name, implementation.id)
+            reasons = implementation.not_supported(**_facts(workload, device))
+            if key in failed or reasons or implementation.prepare is not None or time.monotonic() > until:
+                why = "parity failed" if key in failed else "; ".join(reasons) or "out of time, or weights to prepare"
+                left_out.append(f"{' '.join(key)}, {workload.name}: {why}")
+                continue
+            timing = speed.time_workload(
+                workload, implementation, dtype=torch.bfloat16, device=device, machine=machine, refused=None
+            ).as_dict()
+            timings.append({**timing, "clocks": clocks()})
+            print(
+                f"  {workload.operator.name} {implementation.id}, {workload.name}: {1e6 * timing['seconds']:.1f} us, "
+                f"{timing['share']:.0%} of the floor",
+                flush=True,
+            )
+    return timings, left_out
+
+
+def _facts(workload: Any, device: str) -> dict[str, Any]:
+    arguments = workload.build(Make(f"{workload.operator.name}/{workload.name}", torch.bfloat16))
+    return {**workload.operator.facts_of(arguments), "device_type": device}
+
+
+def _device_type(backend: str) -> str:
+    from glm5_port.registry import BACKENDS
+
+    return BACKENDS[backend].device_type
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the run depends on."""
+    found = {"python": sys.version.split()[0], "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+    for package in ("triton", "numpy", "transformers"):
+        try:
+            found[package] = str(importlib.import_module(package).__version__)
+        except ImportError:
+            found[package] = "not installed"
+    return found
+
+
+def check(
+    backend: str,
+    *,
+    directory: Path | None,
+    seconds: float = SECONDS,
+    workers: int = 8,
+    operators: Sequence[str] | None = None,
+    context: int = CONTEXT,
+) -> int:
+    """Runs everything and writes the records. Returns the exit code: 0 when all ran and passed, 1 otherwise, 2 with no device."""
+    begin = time.monotonic()
+    load_plugins()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("device-check: TRITON_INTERPRET=1 runs kernels on the CPU and proves nothing about a device: unset it")
+        return 2
+    if (missing := probe(backend).missing) is not None:
+        print(f"device-check: no device to check. {backend}: {missing}")
+        return 2
+    print("\n".join(f"{name}: {value}" for name, value in {**device_description(backend), **versions()}.items()))
+    before = clocks()
+    for_speed = min(FOR_SPEED, seconds / 2)
+    print(f"\nparity, {workers} processes")
+    results, unfinished = run_parity(
+        backend, items(backend, operators), workers=workers, seconds=seconds - for_speed - (time.monotonic() - begin)
+    )
+    failures = [result for result in results if result["status"] == "failed"]
+    print(f"\nspeed, bfloat16, context {context}")
+    failed = {(result["operator"], result["implementation"]) for result in failures}
+    timings, untimed = run_speed(backend, failed, operators, context=context, until=begin + seconds)
+    record = {
+        "format": 1,
+        "kind": "device-check",
+        "device": device_description(backend),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "seconds": round(time.monotonic() - begin, 1),
+        "clocks": {"before": before, "after": clocks()},
+        "parity": {
+            status: sum(r["status"] == status for r in results) for status in ("passed", "failed", "declined", "unavailable")
+        },
+        "failures": failures,
+        "not_run": unfinished + untimed,
+        "timings": timings,
+    }
+    if directory is not None:
+        _write(record, results, backend, directory)
+    print(
+        f"\n{record['parity']['passed']} passed, {len(failures)} failed, {len(unfinished)} items not run, {record['seconds']} s"
+    )
+    for line in [f"FAILED {f['operator']} {f['implementation']} [{f['case']}, {f['dtype']}]: {f['problems']}" for f in failures]:
+        print(line)
+    for line in unfinished:
+        print(f"NOT RUN {line}")
+    return 1 if failures or unfinished else 0
+
+
+def _write(record: dict[str, Any], results: list[dict[str, Any]], backend: str, directory: Path) -> None:
+    parity_path = write_evidence(evidence(results, backend), directory)
+    chip = re.sub(r"^parity-|\.json$", "", parity_path.name)
+    path = directory / f"{chip}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten: {parity_path}, {path}\n  commit both, then `make docs`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="device-check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--evidence", type=Path, default=Path("evidence"), help="where records go")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--operator", action="append", help="only these; no record is written then")
+    given = parser.parse_args(arguments)
+    directory = None if given.operator else given.evidence
+    return check(given.backend, directory=directory, seconds=given.seconds, workers=given.workers, operators=given.operator)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
