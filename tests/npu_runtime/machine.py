@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -100,6 +101,7 @@ def start(chip: str = "A2", cann: str = "9.1.0", devices: int = 1) -> Machine:
         import torch
         import torch_npu
 
+    _call_it_by_its_name(torch_npu.npu)
     torch.npu.set_compile_mode(jit_compile=False)
     torch_npu.npu.config.allow_internal_format = True
     from tests.npu_runtime import aten, bodies
@@ -108,6 +110,17 @@ def start(chip: str = "A2", cann: str = "9.1.0", devices: int = 1) -> Machine:
     bodies.install(wanted)
     _started = wanted
     return wanted
+
+
+def _call_it_by_its_name(namespace: Any) -> None:
+    """Whoever prints the device prints what it is. The C++ front end has asked the runtime itself."""
+    vendors = namespace.get_device_name
+
+    @functools.wraps(vendors)
+    def get_device_name(device: Any = None) -> str:
+        return f"{vendors(device)} ({TITLE})"
+
+    namespace.get_device_name = get_device_name
 
 
 def _installation(folder: Path, cann: str) -> Path:

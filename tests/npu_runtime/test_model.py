@@ -1,8 +1,4 @@
-"""Whole models on `npu:0` of the stand-in runtime: every fused operator runs by the vendor's kernel, the answers are the CPU's.
-
-The model is small and inside every contract of the vendor's: hidden 1024, query latent 2048, latent 512 + 64, nope part 192,
-sixteen index heads of 128.
-"""
+"""Whole models on `npu:0` of the stand-in runtime: fused operators run by the vendor's kernels, the answers are the CPU's."""
 
 from __future__ import annotations
 
@@ -21,29 +17,10 @@ from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.testing.tiny import TINY, tiny_config
 from tests.model.int4_checkpoints import int4_export
-from tests.model.models import prompt, watch
+from tests.model.models import watch
 from tests.npu_runtime import machine
+from tests.npu_runtime.contracts import BLOCK, CONTRACTS, TOKENS
 
-CONTRACTS: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "q_lora_rank": 2048,
-    "qk_nope_head_dim": 192,
-    "v_head_dim": 256,
-    "index_topk": 16,
-    "first_k_dense_replace": 2,
-    "indexer_types": ["full", "full", "shared", "full"],
-    "index_topk_freq": None,
-    "index_skip_topk_offset": None,
-}
-BLOCK = 16
-TOKENS = torch.tensor([prompt(40, vocabulary=256)])
 FUSED = {
     "add_rms_norm": "aclnnAddRmsNorm",
     "indexer_prologue": "aclnnRotaryPositionEmbedding",

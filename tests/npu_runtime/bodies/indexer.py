@@ -82,7 +82,7 @@ def lightning_indexer(a: Any) -> tuple[Tensor, Tensor | None]:
     return indices, values.to(a.query.dtype) if a.return_value else None
 
 
-@body("npu_quant_lightning_indexer", kernels=("aclnnQuantLightningIndexer",), chips=("A3", "950"))
+@body("npu_quant_lightning_indexer", kernels=("aclnnQuantLightningIndexer",))
 def quant_lightning_indexer(a: Any) -> Tensor:
     check_common(a, heads=a.query.shape[-2])
     require(a.query.dtype == a.key.dtype == torch.int8, "query and key of int8")
