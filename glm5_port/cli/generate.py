@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,14 @@ def generate(
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Draft with the MTP layer and verify.")] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="Tokens drafted at a time, with --mtp.")] = 1,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="A parallel plan (glm5-port plan --save) for the processes of torchrun."),
+    ] = None,
+    role: Annotated[
+        str | None, typer.Option("--role", help="With --plan: run one replica of this role (mixed, prefill or decode).")
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="With --plan: seconds that a rank waits for another.")] = 300,
     decisions: Annotated[
         bool, typer.Option("--decisions", help="Also print which implementation ran for every operator.")
     ] = False,
@@ -58,24 +68,37 @@ def generate(
         raise InputError("give exactly one of --prompt, --prompt-file and --ids")
     text = None if ids is not None else Text(checkpoint)
     tokens = _ids(ids) if ids is not None else text.encode(_read(prompt, prompt_file))  # type: ignore[union-attr]
-    model = load_with_progress(
-        checkpoint,
-        backend=backend,
-        dtype=dtype,
-        latent_norm_eps=latent_norm_eps,
-        cache_format=cache_format,
-        block_size=block_size,
-        max_context=max_context,
-        mtp=mtp,
-        int4_activations=int4_activations,
-    )
+    options: dict[str, Any] = {
+        "backend": backend,
+        "dtype": dtype,
+        "latent_norm_eps": latent_norm_eps,
+        "cache_format": cache_format,
+        "block_size": block_size,
+        "max_context": max_context,
+        "mtp": mtp,
+        "int4_activations": int4_activations,
+    }
     stream = TextStream(text) if text is not None else None
+    arguments = {"max_new_tokens": max_new_tokens, "sampling": sampling, "draft_tokens": draft_tokens}
+    if plan is None:
+        model = load_with_progress(checkpoint, **options)
+        _continue(model, tokens, arguments, text, stream, decisions=decisions, as_json=as_json)
+        return
+    with planned(plan, checkpoint, tokens, options, arguments, role=role, timeout=timeout):
+        model = load_with_progress(checkpoint, **options)
+        _continue(model, tokens, arguments, text, stream, decisions=decisions, as_json=as_json)
+
+
+def _continue(
+    model: Glm5Model, tokens: list[int], arguments: dict[str, Any], text: Any, stream: Any, *, decisions: bool, as_json: bool
+) -> None:
+    """Generates, and shows what comes."""
     made: list[int] = []
     finished: str | None = None
     started = time.perf_counter()
-    shown = nullcontext() if stream is not None and not as_json else progress("generate", max_new_tokens)
+    shown = nullcontext() if stream is not None and not as_json else progress("generate", arguments["max_new_tokens"])
     with shown as advance:
-        for (emission,) in model.stream([tokens], max_new_tokens=max_new_tokens, sampling=sampling, draft_tokens=draft_tokens):
+        for (emission,) in model.stream([tokens], **arguments):
             made += emission.tokens
             finished = emission.finished
             if advance is not None:
@@ -90,6 +113,50 @@ def generate(
     print_text("" if stream is not None else ",".join(map(str, made)))
     if decisions:
         print_text("\n" + "\n".join(str(selection) for selection in model.decisions()))
+
+
+@contextmanager
+def planned(
+    plan: Path,
+    checkpoint: Path,
+    tokens: list[int],
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+    *,
+    role: str | None,
+    timeout: float,
+) -> Iterator[None]:
+    """Within the context this process is a rank of a plan, which settles some of the options; only rank 0 writes anything.
+
+    Args:
+        plan, role, timeout: see `glm5_port.parallel.launch.start`.
+        checkpoint: whose config the plan must fit.
+        tokens: of the prompt, which must be the same on all ranks.
+        options: of `load`; the plan adds to them.
+        arguments: of `Glm5Model.stream`; likewise.
+
+    Raises:
+        InputError: an option that says something else than the plan.
+    """
+    from glm5_port.config import Glm5Config
+    from glm5_port.parallel.launch import agree, is_first, start
+    from glm5_port.parallel.plan import ParallelPlan
+
+    read = ParallelPlan.load(plan)
+    with start(read, Glm5Config.from_json(checkpoint), role=role, backend=options["backend"], timeout=timeout) as ranks:
+        drafts = ranks.layout.drafts
+        settled = {"cache_format": read.kv_format, "max_context": read.max_context, "mtp": drafts > 0}
+        for name, value in settled.items():
+            if options[name] not in (None, False, value):
+                raise InputError(f"--{name.replace('_', '-')} {options[name]}: the plan says {value}; leave the option out")
+        options.update(settled, ranks=ranks)
+        arguments["draft_tokens"] = max(drafts, 1)
+        agree({"prompt": tokens, "options": {name: options[name] for name in options if name != "ranks"}, "sampling": arguments})
+        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+            if not is_first():
+                silence.enter_context(redirect_stdout(nowhere))
+                silence.enter_context(redirect_stderr(nowhere))
+            yield
 
 
 def load_with_progress(checkpoint: Path, **options: Any) -> Glm5Model:
@@ -135,6 +202,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "backend": model.backend,
+        "plan": model.ranks.describe(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "latent_norm_eps": model.config.latent_norm_eps,
         "prompt_ids": prompt,

@@ -131,13 +131,14 @@ def _commands(answer: Answer, engine: str | None) -> list[dict[str, Any]]:
 
 def describe(answer: Answer) -> dict[str, Any]:
     """What `plan --json` prints, as plain data."""
+    from glm5_port.parallel.engines import TORCHRUN
     from glm5_port.parallel.planner import BAND
 
     asked = answer.question
     return {
         "plan": answer.plan.as_dict(),
         "runs_on": {name: {"can": not reasons, "reasons": reasons} for name, reasons in answer.engines.items()},
-        "this_project": "cannot execute a plan yet; an engine can, or the plan is saved for later",
+        "this_project": {"can": not answer.engines[TORCHRUN], "reasons": answer.engines[TORCHRUN]},
         "calibrated": answer.calibrated,
         "band": None if answer.calibrated else {"measured_over_estimated": list(BAND)},
         "ranking": [_candidate(answer, candidate) for candidate in answer.ranking[:SHOWN]],
@@ -217,8 +218,7 @@ def _print(answer: Answer) -> None:
         )
         print_text(f"  {role.name}: {free}")
     for name, reasons in answer.engines.items():
-        can = "this library cannot execute plans yet" if name == "torchrun" else "can run it"
-        print_text(f"  {name}: {can if not reasons else 'cannot: ' + reasons[0]}")
+        print_text(f"  {name}: {'can run it' if not reasons else 'cannot: ' + reasons[0]}")
     _print_band(answer)
     print_text()
     rows = [
@@ -300,6 +300,7 @@ def _flip(flip: Flip) -> str:
 def _print_commands(commands: list[dict[str, Any]], engine: str | None) -> None:
     if engine is None:
         return
-    print_text(f"\n{engine}: set $NODE0, $NODE1, ... and $NIC, then on each machine")
+    own = ", and $PLAN (what --save wrote), $CHECKPOINT and $PROMPT" if engine == "torchrun" else ""
+    print_text(f"\n{engine}: set $NODE0, $NODE1, ... and $NIC{own}, then on each machine")
     for each in commands:
         print_text(f"# machine {each['node']}, {each['role']}, replica {each['replica']}\n{each['command']}")

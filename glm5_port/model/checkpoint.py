@@ -99,8 +99,8 @@ class Checkpoint:
                 "\n  ".join([f"{self.path} does not hold this model ({len(expected):,} tensors expected)", *found])
             )
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Reads one tensor into memory of its own, on the CPU.
+    def tensor(self, name: str, dtype: torch.dtype, cut: tuple[int, int, int] | None = None) -> Tensor:
+        """Reads one tensor, or a part of it, into memory of its own, on the CPU.
 
         Block-FP8 is multiplied out on the way. Rows are read in blocks, so that beside the result at most `READ_BYTES` are
         taken however large the tensor is.
@@ -108,6 +108,7 @@ class Checkpoint:
         Args:
             name: as in the checkpoint.
             dtype: of the result.
+            cut: (dimension 0 or 1, first, size) of the part; None: all of it.
 
         Raises:
             CheckpointError: when the tensor is not there or its file cannot be read.
@@ -115,15 +116,24 @@ class Checkpoint:
         stored = self._stored(name)
         block = self._block(name) if stored.dtype == FP8 else None
         scales = None if block is None else self._whole(scale_name(name))
-        result = torch.empty(stored.shape, dtype=dtype)
+        axis, start, size = cut or (0, 0, stored.shape[0] if stored.shape else 0)
+        shape = tuple(size if cut and dimension == axis else of for dimension, of in enumerate(stored.shape))
+        wanted = range(start, start + size) if axis == 0 else range(stored.shape[0])
+        result = torch.empty(shape, dtype=dtype)
         try:
             source = self._file(stored.file).get_slice(name)
-            for first, last in _row_blocks(stored.shape, 1 if block is None else block[0]):
-                rows = source[first:last]
+            multiple = 1 if block is None else block[0]
+            for first, last in _row_blocks(stored.shape, multiple):
+                begin, end = max(first, wanted.start), min(last, wanted.stop)
+                if begin >= end:
+                    continue
+                whole = begin // multiple * multiple  # a block's multiplier serves all of its rows
+                rows = source[whole:end] if axis == 0 or block is not None else source[whole:end, start : start + size]
                 if block is not None and scales is not None:
-                    upper, lower = first // block[0], -(-last // block[0])
-                    rows = dequantize_rows(rows, scales[upper:lower], block, dtype)
-                result[first:last] = rows
+                    upper, lower = whole // block[0], -(-end // block[0])
+                    rows = dequantize_rows(rows, scales[upper:lower], block, dtype)[begin - whole :]
+                    rows = rows if axis == 0 else rows[:, start : start + size]
+                result[begin - wanted.start : end - wanted.start] = rows
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"cannot read {name} from {self.path / stored.file}: {error}") from error
         return result

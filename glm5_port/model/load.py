@@ -61,6 +61,7 @@ def load(
 
     Raises:
         ConfigError, CheckpointError: the files are not such a model, or are incomplete.
+        PlanError: a tensor cannot be divided as the plan of `ranks` says.
         InputError: an option outside its range, or a cache_format that cannot store this model's rows.
         SelectionError, FlagError: no backend or implementation fits the request.
     """
@@ -70,14 +71,13 @@ def load(
         working = working_dtype(dtype, config)
         expected = expected_tensors(config, mtp=mtp)
         checkpoint.check(expected)
+        shared = ranks or Ranks()
+        cuts = {name: shared.cut(name, spec.component, spec.shape) for name, spec in expected.items()}  # a wrong one raises now
         done = 0
 
         def read(name: str) -> Tensor:
             nonlocal done
-            spec = expected[name]
-            cut = None if ranks is None else ranks.cut(name, spec.component, spec.shape)
-            tensor = checkpoint.tensor(name, stored_dtype(name, working))
-            tensor = (tensor if cut is None else tensor.narrow(*cut).clone()).to(device)
+            tensor = checkpoint.tensor(name, stored_dtype(name, working), cuts[name]).to(device)
             done += 1
             if progress is not None:
                 progress(done, len(expected))
@@ -96,7 +96,7 @@ def load(
             int4_activations=int4_activations,
             trainable=trainable,
             implementation=implementation,
-            ranks=ranks,
+            ranks=shared,
         )
         model.source = checkpoint.path
         if (stops := checkpoint.stop_ids) is not None:

@@ -96,6 +96,10 @@ class Ranks:
         """(dimension, first, size) of this rank's part of a checkpoint tensor; None for all of it."""
         return None
 
+    def describe(self) -> dict[str, Any] | None:
+        """The layout as plain data, for reports; None for one rank."""
+        return None
+
     def check_choices(self) -> None:
         """Stops every rank where ranks chose different implementations."""
         check_ranks_agree()

@@ -10,6 +10,12 @@ cost/         what a step costs, term by term
 engines       what each engine can express
 planner       searches layouts, ranks them, says what would change the choice
 recipes       the commands that start a plan
+support       what this library's own execution cannot run
+rows          which tokens of a step are computed where
+placement     which expert lies in which slot
+collectives   what ranks of a process group send each other
+execute       a layout on torch.distributed
+launch        starts a plan on the processes of torchrun
 probe         measures links, products and memory of the ranks of torchrun
 probe_file    the topology file out of that
 """

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glm5_port.errors import RankLostError
+from glm5_port.errors import Glm5PortError, RankLostError
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -34,12 +34,14 @@ class Sent:
         ranks: of its group.
         bytes: that this rank sends to others.
         purpose: whose it was: "tensor", "context", "experts", "pipeline", "vocabulary" or "bookkeeping".
+        routes: of these bytes, those that say which experts a row is for.
     """
 
     collective: str
     ranks: int
     bytes: float
     purpose: str
+    routes: float = 0.0
 
 
 _records: list[list[Sent]] = []
@@ -54,6 +56,8 @@ def answered(collective: str, purpose: str) -> Iterator[None]:
     """
     try:
         yield
+    except Glm5PortError:
+        raise  # said on purpose, by a check on the way
     except RuntimeError as error:
         raise RankLostError(f"another rank stopped or did not answer ({collective} for {purpose}): {error}") from error
 
@@ -69,23 +73,23 @@ def record() -> Iterator[list[Sent]]:
         _records.remove(found)
 
 
-def _note(collective: str, ranks: int, size: float, purpose: str) -> None:
+def _note(collective: str, ranks: int, size: float, purpose: str, routes: float = 0.0) -> None:
     for found in _records:
-        found.append(Sent(collective, ranks, size, purpose))
+        found.append(Sent(collective, ranks, size, purpose, routes))
 
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
-    """[n, ...] of every rank -> [P n, ...] in the order of ranks. Every rank has as many rows."""
+def all_gather(x: Tensor, group: dist.ProcessGroup, purpose: str, routes: int = 0) -> Tensor:
+    """[n, ...] of every rank -> [P n, ...] in the order of ranks, which have equally many. `routes` as in `Sent`, of a row."""
     ranks = group.size()
     if ranks == 1:
         return x
     x = x.contiguous()
     gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
-    _note("all_gather", ranks, _bytes(x) * (ranks - 1), purpose)
+    _note("all_gather", ranks, _bytes(x) * (ranks - 1), purpose, x.shape[0] * (ranks - 1) * routes)
     with answered("all_gather", purpose):
         _gather_into(gathered, x, group=group)
     return gathered
@@ -129,19 +133,22 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
     return x
 
 
-def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, purpose: str) -> Tensor:
+def all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, purpose: str, routes: int = 0
+) -> Tensor:
     """Rows for each rank, one rank after the other -> rows from each rank.
 
     Args:
         x: [sum of send, ...].
         send, receive: rows for and from each rank.
+        routes: as in `Sent`, of a row.
     """
     ranks = group.size()
     if ranks == 1:
         return x
     x = x.contiguous()
     rows = x.shape[0] - send[group.rank()]
-    _note("all_to_all", ranks, _bytes(x) / max(x.shape[0], 1) * rows, purpose)
+    _note("all_to_all", ranks, _bytes(x) / max(x.shape[0], 1) * rows, purpose, rows * routes)
     arrived = x.new_empty((sum(receive), *x.shape[1:]))
     with answered("all_to_all", purpose):
         dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)

@@ -3,7 +3,7 @@
     vllm          0.33.0         CUDA, ROCm
     sglang        0.5.23         CUDA, ROCm, Ascend, MUSA, Hygon
     vllm-ascend   0.23.0         Ascend
-    torchrun      this library   every plan; it cannot execute one yet, and says so
+    torchrun      this library   what parallel/support.py does not refuse
 
 Sources: the engines' own argument parsers (tests/parallel/engine_flags.json) and, where a rule is in their
 code and not in a parser, the file named beside it.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from glm5_port.config import Glm5Config
 from glm5_port.errors import PlanError, did_you_mean
 from glm5_port.parallel.plan import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, DECODE, DEDUPLICATED, HIERARCHICAL, MIXED, PREFILL, Layout
+from glm5_port.parallel.support import WEIGHTS, layout_reasons
 from glm5_port.parallel.topology import Topology
 
 ANY_ENGINE = "any"
@@ -37,6 +38,7 @@ class Engine:
         weights: kinds of weights that it loads on a backend: backend ("" for all others) -> kinds.
         pairs: different forms of exchange (decode, prefill) that a mixed role may have; None for any.
         refusals: (topology, layout, role, phase, config) -> reasons why it cannot express a layout in a phase.
+        continuous: whether requests come and go and its stages work at the same time; else a batch runs from beginning to end.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Engine:
     weights: dict[str, tuple[str, ...]]
     pairs: tuple[tuple[str, str], ...] | None
     refusals: Callable[[Topology, Layout, str, str, Glm5Config], list[str]]
+    continuous: bool = True
 
     def reasons(self, topology: Topology, layout: Layout, role: str, weights: str, config: Glm5Config) -> list[str]:
         """Why it cannot run a layout; empty if it can."""
@@ -167,13 +170,15 @@ def _vllm_ascend(topology: Topology, layout: Layout, role: str, phase: str, conf
 
 
 def _torchrun(topology: Topology, layout: Layout, role: str, phase: str, config: Glm5Config) -> list[str]:
+    found = layout_reasons(layout)
+    if role != MIXED:
+        found.append("this library hands no cache from prefill ranks to decode ranks")
     if topology.chip.backend == "cpu" and layout.expert_tensor > 1:
-        return ["the CPU kernels of this library prepare whole experts: a NUMA node holds experts, not parts of each"]
-    return []
+        found.append("the CPU kernels of this library prepare whole experts: a NUMA node holds experts, not parts of each")
+    return found
 
 
 _GPU = ("bf16", "fp8", "int4")
-_ALL = ("bf16", "fp8", "int4", "w4a8")
 ENGINES: dict[str, Engine] = {
     "vllm": Engine("vllm", "0.33.0", ("cuda",), {"": _GPU}, (), _vllm),
     "sglang": Engine(
@@ -196,9 +201,10 @@ ENGINES: dict[str, Engine] = {
         TORCHRUN,
         "this library",
         ("cuda", "npu", "musa", "mlu", "gcu", "hygon", "metax", "kunlunxin", "iluvatar", "cpu"),
-        {"": _ALL},
+        {"": WEIGHTS},
         None,
         _torchrun,
+        continuous=False,
     ),
 }
 """Engines by name, in the order in which they are named to a user."""

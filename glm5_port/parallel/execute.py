@@ -11,6 +11,7 @@ vocabulary, v its part here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from glm5_port import operators as ops
-from glm5_port.config import Glm5Config
+from glm5_port.config import PER_CHANNEL, Glm5Config
 from glm5_port.errors import InputError, PlanError, RankMismatchError
 from glm5_port.model.bindings import Binder
 from glm5_port.model.cache import DECODE, PREFILL, Batch, PagedCache
@@ -32,6 +33,7 @@ from glm5_port.parallel.placement import Placement, place
 from glm5_port.parallel.plan import ALL_REDUCE, Layout
 from glm5_port.parallel.rows import RankBatch, SharedCache
 from glm5_port.parallel.sharding import divided
+from glm5_port.quant.packing import CODES_PER_WORD
 from glm5_port.selection import check_ranks_agree
 
 MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -70,7 +72,7 @@ class PlanRanks(Ranks):
         self.rank = dist.get_rank()
         self.at = layout.coordinates(self.rank)
         self.whole = layout.exchange == ALL_REDUCE
-        self.node_ranks = min(node_devices, layout.stage_ranks)
+        self.node_ranks = math.gcd(node_devices, layout.stage_ranks)  # neighbours that surely share a machine
         self.stages = layout.stage_layers(config.num_hidden_layers)
         self.first, self.last = self.at["pipeline"] == 0, self.at["pipeline"] == layout.pipeline - 1
         self.selects, self.dtype = True, torch.float32  # until the model says
@@ -110,17 +112,31 @@ class PlanRanks(Ranks):
         )
 
     def cut(self, name: str, component: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """Raises PlanError where a plan's cut does not fall between elements, or between groups of INT4 codes."""
         over, axis = divided(name, component, shape, self.layout)
         ways = 1 if over is None else getattr(self.layout, over)
         if over is None or ways == 1:
             return None
-        if shape[axis] % ways:
-            raise PlanError(f"{name} of shape {list(shape)} cannot be divided into {ways} parts along dimension {axis} ({over})")
+        group = None if self.config.int4 is None or axis == 0 else self.config.int4.group_size
+        if group == PER_CHANNEL and name.endswith("_scale"):
+            return None  # one scale serves the whole row, and so each part
+        units, what = shape[axis], "elements"
+        if group is not None and group != PER_CHANNEL and name.endswith(("_packed", "_scale")):
+            units, what = (units * CODES_PER_WORD // group if name.endswith("_packed") else units), "INT4 groups"
+        if units % ways:
+            raise PlanError(
+                f"{name}: {units} {what} along dimension {axis} cannot be divided into {ways} parts ({over})\n"
+                f"  Make a plan with a smaller {over} group: glm5-port plan --tp"
+            )
         size = shape[axis] // ways
         return axis, self.at[over] * size, size
 
+    def describe(self) -> dict[str, Any] | None:
+        return {"layout": str(self.layout), "ranks": self.layout.ranks, **dataclasses.asdict(self.layout)}
+
     def check_choices(self) -> None:
-        check_ranks_agree(self.stage)  # stages differ in what they run
+        with collectives.answered("all_gather", "bookkeeping"):
+            check_ranks_agree(self.stage)  # stages differ in what they run
 
     def new_cache(self, lengths: Sequence[int], page_size: int, **options: Any) -> PagedCache:
         self.dtype = options["dtype"]
@@ -213,7 +229,7 @@ class PlanRanks(Ranks):
         size = -(-count // self.layout.tensor)
         empty = torch.empty(size, width, dtype=dtype, device=self.device)
         part = collectives.receive(empty, source, self.pipeline, "pipeline")
-        return collectives.all_gather(part, self.tensor, "pipeline")[:count]
+        return collectives.all_gather(part, self.tensor, "bookkeeping")[:count]
 
     def share_cache(self, fields: list[Tensor], batch: Batch) -> None:
         if self.layout.context == 1:

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 import glm5_port
 from glm5_port.config import Glm5Config
 from glm5_port.errors import Glm5PortError, PlanError, RankLostError, RankMismatchError, did_you_mean
+from glm5_port.parallel.collectives import answered
 from glm5_port.parallel.execute import PlanRanks
 from glm5_port.parallel.plan import ParallelPlan, Role
 from glm5_port.parallel.support import layout_reasons
@@ -155,7 +156,8 @@ def agree(facts: Mapping[str, Any]) -> None:
         for name, value in facts.items()
     }
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    with answered("all_gather", "bookkeeping"):
+        dist.all_gather_object(everyone, mine)
     for name in mine:
         digests = [each.get(name, "nothing") for each in everyone]
         if len(set(digests)) > 1:

@@ -1,7 +1,8 @@
 """The commands that start a plan, for each machine, in an engine's own words. What it cannot express is refused.
 
-Versions: vllm 0.33.0, sglang 0.5.23, vllm-ascend 0.23.0. Every option and value is checked against the engines' own parsers by
-tests/parallel/test_recipes.py. $NODE0, $NODE1, ... stand for the addresses of the machines, $NIC for the interface between them.
+Versions: vllm 0.33.0, sglang 0.5.23, vllm-ascend 0.23.0; torchrun starts this library. Every option and value is checked against
+the engines' own parsers by tests/parallel/test_recipes.py. $NODE0, $NODE1, ... stand for the addresses of the machines, $NIC for
+the interface between them, $CHECKPOINT and $PROMPT for what the user has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from glm5_port.parallel.topology import Topology
 MASTER_PORT, DATA_PORT, SGLANG_PORT, SERVE_PORT = 29501, 13345, 20000, 8000
 PUBLISHED = {"bf16": "zai-org/{}", "fp8": "zai-org/{}-FP8", "w4a8": "Eco-Tech/{}-w4a8", "int4": "$CHECKPOINT"}
 """Checkpoints of a release by kind of weights; INT4 is one's own export (docs/export.md)."""
+COLLECTIVE_INTERFACES = {"npu": ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"), "cpu": ("GLOO_SOCKET_IFNAME",)}
+"""Variables that name the interface between machines; NCCL's and its kin's elsewhere."""
+VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+"""Variables that show a process some devices of its machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +88,22 @@ def emit(plan: ParallelPlan, topology: Topology, config: Glm5Config, engine: str
         PlanError: the engine cannot express the plan; every reason.
     """
     rules = find_engine(engine)
-    if engine == TORCHRUN:
-        raise PlanError(
-            "this library cannot execute a plan yet, so there is no torchrun command\n"
-            "  Save the plan (--save), or emit it for an engine: vllm, sglang, vllm-ascend"
-        )
     reasons = []
     for role in plan.roles:
         found = rules.reasons(topology, role.layout, role.name, plan.weights, config)
         reasons += [f"{role.name}: {reason}" for reason in found]
-    if plan.kv_format == "int8" and engine != "vllm-ascend":
+    if plan.kv_format == "int8" and engine not in ("vllm-ascend", TORCHRUN):
         reasons.append(f"{engine} has no cache in the int8 format of this library")
     if plan.kv_format == "fp8" and engine == "vllm-ascend":
         reasons.append("vllm-ascend has no FP8 cache on this hardware")
     if reasons:
         raise PlanError("\n  ".join([f"{engine} {rules.version} cannot express this plan", *reasons]))
-    write: dict[str, Callable[..., Command]] = {"vllm": _vllm, "sglang": _sglang, "vllm-ascend": _vllm_ascend}
+    write: dict[str, Callable[..., Command]] = {
+        "vllm": _vllm,
+        "sglang": _sglang,
+        "vllm-ascend": _vllm_ascend,
+        TORCHRUN: _torchrun,
+    }
     commands = []
     node = 0
     for role in plan.roles:
@@ -281,4 +286,26 @@ def _sglang(plan: ParallelPlan, role: Role, place: Place, replica: int, topology
         arguments += ["--port", str(SERVE_PORT + replica)]
     arguments += ["--context-length", str(plan.max_context), "--max-running-requests", str(plan.max_sequences * layout.data)]
     arguments += ["--chunked-prefill-size", str(plan.chunk * layout.data), "--mem-fraction-static", _utilisation(topology)]
+    return Command(place.node, role.name, replica, tuple(arguments), environment)
+
+
+# --- torchrun -------------------------------------------------------------------------------------------------------------------
+
+
+def _torchrun(plan: ParallelPlan, role: Role, place: Place, replica: int, topology: Topology) -> Command:
+    """This library, one replica at a time. $PLAN is where the plan was saved (--save)."""
+    ranks = role.layout.ranks // place.nodes
+    arguments = ["torchrun", "--nproc-per-node", str(ranks), "--nnodes", str(place.nodes)]
+    if place.nodes > 1:
+        arguments += ["--node-rank", str(place.index), "--master-addr", f"$NODE{place.first}"]
+    if place.nodes > 1 or replica:
+        arguments += ["--master-port", str(MASTER_PORT + replica)]
+    source = plan.model if not plan.model.startswith("GLM-") else "$CHECKPOINT"
+    arguments += ["-m", "glm5_port", "generate", source, "--plan", "$PLAN"]
+    arguments += ["--role", role.name] if role.replicas > 1 else []
+    arguments += ["--backend", topology.chip.backend, "--prompt", "$PROMPT"]
+    interfaces = COLLECTIVE_INTERFACES.get(topology.chip.backend, ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
+    environment = _network(place.nodes, *interfaces)
+    if place.devices and topology.chip.backend in VISIBLE_DEVICES:
+        environment[VISIBLE_DEVICES[topology.chip.backend]] = ",".join(map(str, place.devices))
     return Command(place.node, role.name, replica, tuple(arguments), environment)

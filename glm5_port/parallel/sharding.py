@@ -103,11 +103,11 @@ def how_divided(name: str, component: str) -> tuple[str, int]:
 
 
 def divided(name: str, component: str, shape: Sequence[int], layout: Layout) -> tuple[str | None, int]:
-    """(over, axis) of a stored tensor in a layout; over is None for one that lies whole on every rank: vectors, dimensions of
-    one, and the shared expert where ranks carry different rows."""
+    """(over, axis) of a stored tensor in a layout; over is None for one that lies whole on every rank: vectors, and the
+    shared expert where ranks carry different rows."""
     over, axis = how_divided(name, component)
     whole = component == SHARED_EXPERTS and layout.exchange != ALL_REDUCE
-    return (None if over == EVERYWHERE or whole or len(shape) < 2 or shape[axis] == 1 else over), axis
+    return (None if over == EVERYWHERE or whole or len(shape) < 2 else over), axis
 
 
 def rank_weights(config: Glm5Config, weights: str, layout: Layout, stage: int) -> Holding:

@@ -22,7 +22,7 @@ def test_two_910b_servers_in_one_call(command_line, tmp_path: Path) -> None:
         "weights w4a8, cache plain, on 16 x Huawei Ascend 910B3",
         "plan: 1 x (",
         "vllm-ascend: can run it",
-        "torchrun: this library cannot execute plans yet",
+        "torchrun: cannot: ",
         "trust the ranking and the ratios. Absolute figures are estimates",
         "ranking",
         "decode step: ",

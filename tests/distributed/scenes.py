@@ -88,3 +88,103 @@ def layouts(rank: int, world: int) -> dict[str, tuple[float, bool, int]]:
         assert model.speculation.rounds > 0 or not layout.drafts
         found[name] = (error, same, sum(parameter.numel() for parameter in model.parameters()))
     return found
+
+
+# -- the operators of the exchange, and faults ----------------------------------------------------------------------------
+
+
+def exchanges(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """Every form of dispatch and combine between four ranks, with 0 to 9 tokens each, against the sum that one process computes:
+    "experts" that multiply by a number of their own.
+
+    Returns:
+        form -> errors of arrivals and sums over what is allowed, rows that arrived, and bytes sent for experts.
+    """
+    import torch.distributed as dist
+
+    from glm5_port import operators as ops
+    from glm5_port.parallel import collectives
+    from glm5_port.parallel.placement import place
+
+    experts, choices, width = 8, 3, 300
+    layout = Layout(data=world, expert=world, exchange=FLAT)
+    groups = ranks_of(layout).groups
+    counts = {GATHER: [7] * world}
+    factors = torch.arange(1.0, experts + 1)
+    found: dict[str, dict[str, Any]] = {}
+    for redundant in (0, world):
+        placement = place(experts, world, redundant)
+        here = torch.tensor(placement.groups[rank])
+        for form in (GATHER, FLAT, DEDUPLICATED, HIERARCHICAL):
+            for bits in (16, 8):
+                tokens = counts.get(form, [9, 0, 4, 6])[rank]
+                random = torch.Generator().manual_seed(rank)
+                hidden = torch.randn(tokens, width, generator=random)
+                ids = torch.rand(tokens, experts, generator=random).argsort(dim=1)[:, :choices].to(torch.int32)
+                weights = torch.rand(tokens, choices, generator=random)
+                if tokens:
+                    ids[0, 1] = -1  # no choice
+                options = {"form": form, "bits": bits, "ranks": world, "node_ranks": NODE, "expert_tensor": 1, "groups": groups}
+                with collectives.record() as sent:
+                    arrived, arrived_weights, places, trace = ops.dispatch_tokens(
+                        hidden, weights, ids, placement.table(), slots=placement.slots, **options
+                    )
+                    used = places >= 0
+                    factor = torch.where(used, factors[here[places.clamp(min=0).long()]] * arrived_weights, 0.0).sum(1)
+                    results = arrived * factor[:, None]
+                    total = ops.combine_tokens(results, trace, tokens=tokens, **options)
+                chosen = torch.where(ids >= 0, factors[ids.clamp(min=0).long()] * weights, 0.0).sum(1)
+                groups_of = torch.nn.functional.pad(hidden, (0, -width % 128)).unflatten(1, (-1, 128))
+                step = groups_of.abs().amax(-1).repeat_interleave(128, 1)[:, :width] / 254
+                # 8 bits: the dispatch rounds by a step; a gather rounds each rank's part of the sum again, by at most as much
+                allowed = 1e-4 + (bits == 8) * chosen[:, None] * step * (2.05 if form == GATHER else 1.01)
+                error = float(((total - hidden * chosen[:, None]).abs() / allowed).max()) if tokens else 0.0
+                name = f"{form}{' with copies' if redundant else ''}{' in 8 bits' if bits == 8 else ''}"
+                found[name] = {
+                    "error": error,
+                    "rows": arrived.shape[0],
+                    "exact": bits == 16,
+                    "sent": sum(each.bytes for each in sent if each.purpose == "experts"),
+                }
+    dist.barrier()
+    return found
+
+
+def quantised(rank: int, world: int) -> dict[str, float]:
+    """Largest differences of logits from one process in 16 bits, and from one that rounds what it dispatches, over the spread."""
+    from glm5_port.model.ranks import Exchange
+    from glm5_port.operators.exchange import in_eight_bits
+
+    class Rounded(Exchange):
+        def __call__(self, hidden_TD: Tensor, weights: Tensor, ids: Tensor, batch: Any, experts: Any, shared: Any) -> Tensor:
+            return experts(hidden=in_eight_bits(hidden_TD, 8), route_weights=weights, ids=ids) + shared(hidden_TD)
+
+    class RoundedRanks(Ranks):
+        def exchange(self, *_: Any) -> Exchange:
+            return Rounded()
+
+    ids = torch.tensor([prompt(23)])
+    exact, rounded = make(Ranks())(ids), make(RoundedRanks())(ids)
+    found = {"rounding": float((rounded - exact).abs().max())}
+    for form in (FLAT, DEDUPLICATED, GATHER):
+        logits = make(ranks_of(Layout(data=world, expert=world, exchange=form, exchange_bits=8)))(ids)
+        found[f"{form} from 16 bits"] = float((logits - exact).abs().max())
+        found[f"{form} from rounded"] = float((logits - rounded).abs().max())
+    return found
+
+
+def other_selection(rank: int, world: int) -> str:
+    """Rank 1 of a tensor group selects other positions: the error that a rank gets."""
+    from glm5_port.errors import RankMismatchError
+
+    model = make(ranks_of(Layout(tensor=world, expert=world, exchange=GATHER)))
+    if rank == 1:
+        for bound in model.binder.bindings:
+            if bound.selection.operator == "lightning_indexer":
+                inner = bound.function
+                bound.function = lambda *args, inner=inner, **kwargs: inner(*args, **kwargs).flip(1)
+    try:
+        model.generate([prompt(9)], max_new_tokens=2)
+    except RankMismatchError as error:
+        return str(error)
+    return ""

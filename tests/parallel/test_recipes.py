@@ -125,11 +125,35 @@ def test_hierarchical_exchange_asks_for_it() -> None:
 
 
 def test_what_an_engine_cannot_express_is_refused_with_reasons() -> None:
-    asked = question("hgx-h200", 1, engine="torchrun")
+    asked = question("hgx-h200", 1, engine="torchrun", weights="int4")
     answer = ask(asked, model="GLM-5", with_flips=False)
     with pytest.raises(PlanError, match="cannot express this plan\n  mixed: vllm-ascend 0.23.0 does not run on cuda"):
         emit(answer.plan, asked.topology, asked.config, "vllm-ascend")
-    with pytest.raises(PlanError, match="cannot execute a plan yet"):
-        emit(answer.plan, asked.topology, asked.config, "torchrun")
     with pytest.raises(PlanError, match="did you mean vllm"):
         emit(answer.plan, asked.topology, asked.config, "vlm")
+
+
+def test_torchrun_starts_this_library_on_each_machine() -> None:
+    from glm5_port.parallel.plan import Layout, ParallelPlan, Role, even
+
+    def plan(**changes: object) -> ParallelPlan:
+        values = {"model": "GLM-5", "hardware": "atlas-800-a2", "node_devices": 8, "weights": "int4", "kv_format": "plain"}
+        role = Role(name="mixed", layout=even(Layout(data=16, expert=16, exchange="all_gather"), 78))
+        return ParallelPlan(**{**values, "roles": (role,), "max_context": 512, "max_sequences": 2, "chunk": 512, **changes})
+
+    asked = question("atlas-800-a2", 2)
+    first, second = emit(plan(), asked.topology, asked.config, "torchrun")
+    assert first.text() == (
+        "GLOO_SOCKET_IFNAME=$NIC HCCL_SOCKET_IFNAME=$NIC torchrun --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr $NODE0 "
+        "--master-port 29501 -m glm5_port generate $CHECKPOINT --plan $PLAN --backend npu --prompt $PROMPT"
+    )
+    assert "--node-rank 1 --master-addr $NODE0" in second.text()
+    with pytest.raises(PlanError, match="torchrun loads bf16, int4 on npu, not w4a8"):
+        emit(plan(weights="w4a8"), asked.topology, asked.config, "torchrun")
+    overlapping = Layout(data=16, expert=16, exchange="all_to_all", overlap=True, stages=(78,))
+    with pytest.raises(PlanError, match="no two micro-batches"):
+        emit(plan(roles=(Role(name="mixed", layout=overlapping),)), asked.topology, asked.config, "torchrun")
+    replicas = Role(name="mixed", layout=even(Layout(tensor=8, expert=8), 78), replicas=2)
+    commands = emit(plan(roles=(replicas,)), asked.topology, asked.config, "torchrun")
+    assert [command.node for command in commands] == [0, 1]
+    assert all("--nproc-per-node 8 --nnodes 1" in command.text() and "--role mixed" in command.text() for command in commands)

@@ -61,6 +61,11 @@ def _message(hidden: Tensor, bits: int) -> list[Tensor]:
     return list(quantise_groups(hidden)) if bits == 8 else [hidden]
 
 
+def _route_bytes(rows: Sequence[Tensor]) -> int:
+    """Of a packed row, its route weights and ids: the last two parts."""
+    return sum(part.element_size() * part.shape[1] for part in rows[-2:])
+
+
 def _hidden(message: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return dequantise_groups(message[0], message[1], dtype) if len(message) == 2 else message[0]
 
@@ -84,7 +89,7 @@ def _spread(rows: Sequence[Tensor], targets_Tk: Tensor, group: dist.ProcessGroup
     received = collectives.exchange_counts(sent, group)
     send, receive = torch.stack([sent, received]).tolist()
     packed_RW = pack([tensor[token_R] for tensor in rows])
-    arrived = unpack(collectives.all_to_all(packed_RW, send, receive, group, PURPOSE), rows)
+    arrived = unpack(collectives.all_to_all(packed_RW, send, receive, group, PURPOSE, _route_bytes(rows)), rows)
     place_TP = (wanted_PT.flatten().cumsum(0) - 1).view(ranks, count).T
     chosen_TM = wanted_PT.T.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : min(ranks, choices)]
     used_TM = wanted_PT.T.gather(1, chosen_TM)
@@ -132,7 +137,7 @@ def dispatch_tokens_torch_distributed(
         return hidden.clone(), route_weights.clone(), _places(slots_Tk, here, slots).to(ids.dtype), trace
     if form == ALL_GATHER:
         sent = [*_message(hidden, bits), route_weights, ids]
-        *message, route_weights, ids = unpack(collectives.all_gather(pack(sent), found[0], PURPOSE), sent)
+        *message, route_weights, ids = unpack(collectives.all_gather(pack(sent), found[0], PURPOSE, _route_bytes(sent)), sent)
         slots_Tk = slots_of(ids, placement, every_row)
         return _hidden(message, hidden.dtype), route_weights, _places(slots_Tk, here, slots).to(ids.dtype), trace
     slots_Tk = slots_of(ids, placement, every_row).to(ids.dtype)
