@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from glm5_port.backends import BUILT_IN, probing
-from glm5_port.backends.probing import CudaFacts, identify
+from glm5_port.backends.probing import NVIDIA, CudaFacts, cuda_facts, identify
 from glm5_port.plugins import PLUGIN_ORDER
 from glm5_port.registry import BACKENDS, Probe
 
@@ -296,3 +298,24 @@ def test_npu_shows_the_settings_that_decide_whether_torch_imports(monkeypatch: p
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     details = probe("npu").details
     assert (details["ASCEND_HOME_PATH"], details["TORCH_DEVICE_BACKEND_AUTOLOAD"]) == ("/somewhere", "0")
+
+
+def test_what_has_neither_nvidias_name_nor_its_driver_is_not_taken_for_one() -> None:
+    stranger = CudaFacts("2.12.0", cuda="13.0", devices=1, device_name="Neuling X1", architecture="sm_90")
+    chip, evidence = identify(stranger)
+    assert chip.backend is None and "Neuling X1" in evidence
+    assert identify(dataclasses.replace(stranger, driver="580.65.06"))[0] is NVIDIA
+    assert identify(dataclasses.replace(stranger, device_name="Tesla T4"))[0] is NVIDIA
+    assert identify(dataclasses.replace(stranger, devices=0, device_name=""))[0] is NVIDIA
+
+
+def test_the_drivers_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "version"
+    monkeypatch.setattr(probing, "NVIDIA_DRIVER", file)
+    assert cuda_facts().driver == ""
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)",
+    ):
+        file.write_text(line)
+        assert cuda_facts().driver in ("535.183.01", "580.65.06")

@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +29,9 @@ HYGON_ARCHITECTURES = ("gfx926", "gfx928", "gfx936", "gfx938")
 """GPU architectures that only Hygon DCUs have. Older DCUs share gfx906 with AMD and are told by their DTK build of torch."""
 
 KUNLUNXIN_PACKAGE = "torch_xmlir"
+NVIDIA_NAMES = ("nvidia", "tesla", "geforce", "quadro", "titan")
+"""In the names of NVIDIA's devices; drivers before 2021 left the first out."""
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 # -- which chip answers as cuda ----------------------------------------------------------------------------------------
 
@@ -45,6 +50,7 @@ class CudaFacts:
         devices: visible devices.
         device_name: name of device 0, or "".
         architecture: "gfx936" where HIP gives one, "sm_90" otherwise, or "".
+        driver: version of NVIDIA's kernel driver, or "" (none is loaded, or it cannot be seen from here, as under WSL).
         failure: why no device can be used, in torch's words, or "".
     """
 
@@ -57,6 +63,7 @@ class CudaFacts:
     devices: int = 0
     device_name: str = ""
     architecture: str = ""
+    driver: str = ""
     failure: str = ""
 
 
@@ -84,6 +91,7 @@ METAX = Chip("metax", "MetaX", "MetaX's MACA build of PyTorch", "the MetaX drive
 KUNLUNXIN = Chip("kunlunxin", "Kunlunxin", "Kunlunxin's XPytorch (with torch_xmlir)", "the Kunlunxin driver and XRE")
 ILUVATAR = Chip("iluvatar", "Iluvatar CoreX", "Iluvatar's CoreX build of PyTorch", "the Iluvatar driver and CoreX")
 T_HEAD = Chip(None, "T-Head PPU", "T-Head's build of PyTorch", "the PPU driver and SDK")
+UNKNOWN = Chip(None, "an unknown chip", "its maker's build of PyTorch", "its driver")
 CHIPS = (NVIDIA, AMD, HYGON, METAX, KUNLUNXIN, ILUVATAR, T_HEAD)
 
 
@@ -108,6 +116,8 @@ def identify(facts: CudaFacts) -> tuple[Chip, str] | None:
     for chip, marks in ((METAX, ("metax",)), (ILUVATAR, ("iluvatar",)), (KUNLUNXIN, ("kunlun",)), (T_HEAD, ("ppu",))):
         if any(mark in name for mark in marks):
             return chip, f"device {facts.device_name}"
+    if facts.cuda and facts.devices and not facts.driver and not any(mark in name for mark in NVIDIA_NAMES):
+        return UNKNOWN, f"device {facts.device_name!r}, and NVIDIA's kernel driver is not loaded"
     if facts.cuda:
         return NVIDIA, f"torch.version.cuda={facts.cuda}"
     return None
@@ -133,8 +143,17 @@ def cuda_facts() -> CudaFacts:
         devices=count,
         device_name=name,
         architecture=architecture,
+        driver=_nvidia_driver(),
         failure=failure,
     )
+
+
+def _nvidia_driver() -> str:
+    try:
+        found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", NVIDIA_DRIVER.read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def _why_no_device() -> str:
@@ -180,6 +199,7 @@ def _details(facts: CudaFacts) -> dict[str, str]:
         "MACA": facts.maca,
         "device": facts.device_name,
         "architecture": facts.architecture,
+        "driver": facts.driver,
         "devices": str(facts.devices) if facts.devices else None,
     }
     return {name: value for name, value in shown.items() if value}

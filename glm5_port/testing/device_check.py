@@ -197,7 +197,7 @@ def check(
     print(f"\nspeed, bfloat16, context {context}")
     failed = {(result["operator"], result["implementation"]) for result in failures}
     timings, untimed = run_speed(backend, failed, operators, context=context, until=begin + seconds)
-    record = {
+    record: dict[str, Any] = {
         "format": 1,
         "kind": "device-check",
         "device": device_description(backend),
@@ -234,7 +234,7 @@ def _write(record: dict[str, Any], results: list[dict[str, Any]], backend: str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="device-check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="device-check", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--evidence", type=Path, default=Path("evidence"), help="where records go")
     parser.add_argument("--seconds", type=float, default=SECONDS)

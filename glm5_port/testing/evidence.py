@@ -112,7 +112,8 @@ def write_evidence(record: Mapping[str, Any], directory: str | Path) -> Path:
     device = record["device"]
     if any(STAND_IN in str(value) for value in device.values()):
         raise ParityError(f"this ran on a {STAND_IN} ({device.get('device', device['backend'])}): evidence is of hardware only")
-    chip = re.sub(r"[^a-z0-9]+", "-", " ".join([device["backend"], device.get("chip", device["platform"])]).lower()).strip("-")
+    name = device.get("chip") or device.get("device") or device["platform"]
+    chip = re.sub(r"[^a-z0-9]+", "-", f"{device['backend']} {name}".lower()).strip("-")
     path = Path(directory) / f"parity-{chip}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

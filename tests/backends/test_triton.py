@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from glm5_port.backends.cuda import triton_support
-from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation
+from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation, recording
 from glm5_port.registry import Implementation
 from glm5_port.testing import parity
+from glm5_port.testing.calls import prepared_arguments
 from glm5_port.testing.cases import WIDTH, load_suites
 from tests.backends.triton_compile import SHARED_MEMORY, TARGETS, Compiled, compile_launch, distinct, launches_of
+from tests.fake_devices import fake_devices
 
 FAST_TARGET = 90
 SPILLED = 256
@@ -58,6 +61,30 @@ def test_kernels_compile_for_hopper(implementation: Implementation) -> None:
 @pytest.mark.parametrize("implementation", implementations(), ids=of)
 def test_kernels_compile_for_every_target(implementation: Implementation, target: int) -> None:
     check_compiles(implementation, target, (torch.bfloat16, torch.float32))
+
+
+def on_cuda(value: Any) -> Any:
+    """The same tensors as fakes on a card that is not here."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")
+    return [on_cuda(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("implementation", implementations(), ids=of)
+def test_no_wrapper_waits_for_the_card(implementation: Implementation) -> None:
+    """Everything but the kernels runs on fake tensors, where reading one on the host raises: a step can be captured."""
+    operator = implementation.operator
+    tried = 0
+    for case in load_suites()[operator.name].cases:
+        arguments = case.arguments(operator, torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0])
+        facts = operator.facts_of(arguments)
+        if case.tags & WIDTH or implementation.not_supported(**facts):
+            continue
+        given = prepared_arguments(implementation, facts, arguments)
+        with fake_devices(), recording(), torch.no_grad():
+            implementation.function(**{name: on_cuda(value) for name, value in given.items()})
+        tried += 1
+    assert tried
 
 
 def test_reasons_of_versions_and_cards() -> None:

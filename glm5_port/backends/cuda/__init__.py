@@ -7,7 +7,12 @@ from glm5_port.registry import Backend, Probe
 
 
 def probe() -> Probe:
-    return probe_cuda(NVIDIA)
+    from glm5_port.backends.cuda.triton_support import machine_reasons, triton_version
+
+    found = probe_cuda(NVIDIA)
+    version, reasons = triton_version(), machine_reasons()
+    triton = "; ".join(reasons) if reasons else ".".join(map(str, version or ()))
+    return Probe(found.missing, {**found.details, "triton": triton})
 
 
 BACKEND = Backend(

@@ -30,6 +30,9 @@ SCORE_BYTES = 256 * 2**20
 BLOCK = 2048
 """Scores that a program of the selection looks at together."""
 MOST_TILES = 64
+PROGRAMS = 1024
+"""A row is shared among programs while rows are few. Every program adds the counts of all tiles of its row, so that tiles are few
+where rows are many; the result is the same for any number of them."""
 _EXACT = ("deterministic", "batch_invariant", "tie_rule")
 
 
@@ -114,7 +117,7 @@ def indexer_scores_triton(
 def _select(scores: Tensor, indices_Tk: Tensor) -> None:
     rows, positions = scores.shape
     top_k = indices_Tk.shape[1]
-    tiles = max(1, min(MOST_TILES, -(-positions // BLOCK)))
+    tiles = max(1, min(MOST_TILES, -(-positions // BLOCK), PROGRAMS // max(rows, 1)))
     tile_size = -(-positions // (tiles * BLOCK)) * BLOCK
     passes, bins = 4, 256
     counts = torch.empty((rows, passes, tiles, bins), dtype=torch.int32, device=scores.device)
