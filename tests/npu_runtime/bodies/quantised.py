@@ -42,9 +42,10 @@ def antiquantised(weight: Tensor, scale: Tensor, offset: Tensor | None, dtype: t
     return (shifted * scale.float()).to(dtype).float()
 
 
-def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scale of each row: the largest magnitude / 127. A row of zeros has scale 0 and codes that nobody defined."""
-    scale = x.abs().amax(-1) / 127
+def quantised_rows(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
+    """Codes and scale of each row: its largest magnitude becomes `largest`. A row of zeros has scale 0 and codes that nobody
+    defined."""
+    scale = x.abs().amax(-1) / largest
     codes = (x / scale[..., None]).round()
     return torch.where((scale > 0)[..., None], codes, undefined(x.shape, torch.int8).float()).to(torch.int8), scale
 
@@ -53,11 +54,15 @@ def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def dynamic_quant(a: Any) -> tuple[Tensor, Tensor]:
     require(a.input.dtype in NARROW, "input of 16 bits")
     require(a.input.dim() >= 2 and a.input.numel() > 0, "two dimensions or more, not empty")
-    require(a.dst_type in (None, 1) and a.quant_mode == "pertoken", "no body but int8 by row")
+    require(a.dst_type in (None, 1, QUINT4X2) and a.quant_mode == "pertoken", "no body but int8 and packed 4 bits by row")
     x = a.input.float()
     if a.smooth_scales is not None:
         require(a.smooth_scales.dtype == a.input.dtype, "smooth_scales in the dtype of input")
         x = x * _smooth(a, x)
+    if a.dst_type == QUINT4X2:
+        require(x.shape[-1] % 8 == 0, "a last dimension in whole 8s")
+        codes, scale = quantised_rows(x, largest=7)
+        return packed(codes), scale
     return quantised_rows(x)
 
 
