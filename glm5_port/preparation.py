@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from glm5_port.errors import InputError
+from glm5_port.memory import zeros
 
 
 class Preparation(Protocol):
@@ -44,7 +45,7 @@ class CanonicalWeights:
             raise InputError(f"part {part} arrived, but this operator takes its weights whole ({', '.join(self._names)})")
         for name, tensor in tensors.items():
             if name not in self._tensors:
-                self._tensors[name] = tensor.new_empty((self._parts, *tensor.shape))
+                self._tensors[name] = zeros(self._parts, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
             if not 0 <= part < self._parts or tensor.shape != self._tensors[name].shape[1:]:
                 expected = f"parts 0 to {self._parts - 1} of shape {tuple(self._tensors[name].shape[1:])}"
                 raise InputError(f"{name}: part {part} of shape {tuple(tensor.shape)} arrived; expected {expected}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glm5_port.config import Glm5Config
 from glm5_port.errors import CheckpointError, did_you_mean
+from glm5_port.memory import zeros
 from glm5_port.model.block_fp8 import dequantize_rows, scale_name
 from glm5_port.model.checkpoint_check import differences
 from glm5_port.model.stored_tensors import FP8, StoredTensor, StoredTensors, read_directory
@@ -119,7 +120,7 @@ class Checkpoint:
         axis, start, size = cut or (0, 0, stored.shape[0] if stored.shape else 0)
         shape = tuple(size if cut and dimension == axis else of for dimension, of in enumerate(stored.shape))
         wanted = range(start, start + size) if axis == 0 else range(stored.shape[0])
-        result = torch.empty(shape, dtype=dtype)
+        result = zeros(*shape, dtype=dtype)
         try:
             source = self._file(stored.file).get_slice(name)
             multiple = 1 if block is None else block[0]

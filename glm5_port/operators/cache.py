@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glm5_port.dispatch import operator
 from glm5_port.errors import InputError, did_you_mean
+from glm5_port.memory import zeros
 from glm5_port.registry import Budget
 
 LATENT = "latent"
@@ -132,9 +133,7 @@ class CacheLayout:
     ) -> list[Tensor]:
         """A zeroed cache: one [pages, page_size, W] tensor a field."""
         self.check_widths(widths)
-        return [
-            torch.zeros(pages, page_size, field.width(widths), dtype=field.dtype or dtype, device=device) for field in self.fields
-        ]
+        return [zeros(pages, page_size, field.width(widths), dtype=field.dtype or dtype, device=device) for field in self.fields]
 
     def bytes_per_token(self, widths: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes that one token takes in one layer."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, threads
-from glm5_port.backends.cpu.matmul import UNIT, check_width, fill_panels, new_weight, panel_shapes
+from glm5_port.backends.cpu.matmul import UNIT, check_width, fill_panels, panel_shapes
 from glm5_port.errors import InputError
+from glm5_port.memory import zeros
 from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
 from glm5_port.operators.linear import gated_mlp
 from glm5_port.operators.moe import expert_mlp
@@ -46,7 +47,7 @@ class PanelExperts:
         if f"{name}_codes" not in self._tensors:
             shapes = panel_shapes(packed.shape[0] // halves, packed.shape[1] * 8, self._group_size)
             for kind, shape, dtype in zip(("codes", "panel_scales"), shapes, (torch.uint8, torch.bfloat16), strict=True):
-                self._tensors[f"{name}_{kind}"] = new_weight(self._experts, halves, *shape, dtype=dtype)
+                self._tensors[f"{name}_{kind}"] = zeros(self._experts, halves, *shape, dtype=dtype)
         return self._tensors[f"{name}_codes"], self._tensors[f"{name}_panel_scales"]
 
     def finish(self) -> dict[str, Tensor | int]:

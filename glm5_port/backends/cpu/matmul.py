@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, threads
 from glm5_port.errors import InputError
+from glm5_port.memory import zeros
 from glm5_port.operators.int4 import check_int4, int4_matmul, int8_matmul
 from glm5_port.operators.linear import linear
 from glm5_port.quant.int4 import groups_of
@@ -33,13 +34,6 @@ def panel_shapes(outputs: int, width: int, group_size: int) -> tuple[tuple[int, 
     groups, size = groups_of(width, group_size)
     panels = -(-outputs // PANEL)
     return (panels, groups * -(-size // UNIT), PANEL, UNIT // 2), (panels, groups, PANEL)
-
-
-def new_weight(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory for prepared weights, in pages of two megabytes where the operating system allows it."""
-    tensor = torch.empty(shape, dtype=dtype)
-    kernels().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 def fill_panels(packed: Tensor, scales: Tensor, group_size: int, codes: Tensor, panel_scales: Tensor) -> None:
@@ -73,7 +67,7 @@ class PanelWeight:
         packed, scales = tensors["packed"], tensors["scales"]
         check_int4("int4_matmul", packed, scales, self._group_size)
         code_shape, scale_shape = panel_shapes(packed.shape[0], packed.shape[1] * 8, self._group_size)
-        codes, panel_scales = new_weight(*code_shape, dtype=torch.uint8), new_weight(*scale_shape, dtype=torch.bfloat16)
+        codes, panel_scales = zeros(*code_shape, dtype=torch.uint8), zeros(*scale_shape, dtype=torch.bfloat16)
         fill_panels(packed, scales, self._group_size, codes, panel_scales)
         self._weights = {"codes": codes, "panel_scales": panel_scales, "outputs": packed.shape[0]}
 

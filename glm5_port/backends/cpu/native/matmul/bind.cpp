@@ -1,20 +1,9 @@
-#include <sys/mman.h>
-
 #include "binding.h"
 #include "matmul/matmul.h"
 #include "parallel.h"
 
 namespace glm5 {
 namespace {
-
-// Whole pages of two megabytes inside a new tensor: fewer look-ups of addresses while weights stream. Refusal costs speed only.
-void advise_huge_pages(Address address, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr Address page = 2 << 20;
-  const Address first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
-  if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 constexpr int emulated_tiles = isa_count;  // beside the instruction sets, for tests
 
@@ -79,7 +68,6 @@ void dense_experts(int isa, Address hidden, bool is_bf16, int64_t tokens, int64_
 
 void bind_matmul(nanobind::module_& module) {
   module.attr("emulated_tiles") = emulated_tiles;
-  module.def("advise_huge_pages", advise_huge_pages);
   module.def("prepare_int4", prepare_int4, released());
   module.def("int4_experts", int4_experts, released());
   module.def("dense_experts", dense_experts, released());
