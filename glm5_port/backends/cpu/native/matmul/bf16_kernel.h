@@ -18,20 +18,24 @@ struct PairTile {
   struct Sums {
     __m512 of[rows][quads];
 
+    // Unrolled from the start, or the compiler would keep the sums in memory.
     void clear() {
-      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
         for (int q = 0; q < quads; ++q) of[r][q] = _mm512_setzero_ps();
-      }
     }
     void load(const float* from) {
-      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
         for (int q = 0; q < quads; ++q) of[r][q] = _mm512_loadu_ps(from + r * panel_sums + 16 * q);
-      }
     }
     void store(float* to) const {
-      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
         for (int q = 0; q < quads; ++q) _mm512_storeu_ps(to + r * panel_sums + 16 * q, of[r][q]);
-      }
     }
     void add(int r, int q, __m512i weights, __m512i eight) { of[r][q] = _mm512_dpbf16_ps(of[r][q], (__m512bh)weights, (__m512bh)eight); }
   };
@@ -104,15 +108,26 @@ struct Int4ByPairs : PairTile {
     int64_t offset = 0;
     for (int64_t group = 0; group < groups; ++group, scales += panel_rows) {
       for (int64_t unit = 0; unit < units; ++unit, codes += unit_bytes, offset += unit_inputs) {
-#pragma GCC unroll 4
-        for (int q = 0; q < quads; ++q) {
-          __m512i steps[unit_steps];
-          four_rows(scales + 4 * q, codes + 64 * q, steps);
-          _mm_prefetch(codes + 64 * q + ahead, _MM_HINT_T0);
-#pragma GCC unroll 4
-          for (int step = 0; step < unit_steps; ++step) {
-            for (int r = 0; r < rows; ++r) sums.add(r, q, steps[step], inputs(x[r] + offset + 8 * step));
+#pragma GCC unroll 2
+        for (int q = 0; q < quads; q += 2) {
+          // Places that the compiler cannot know: no table and no input is kept for the next quarters, which sums leave no room for.
+          const bf16* eight_scales = scales + 4 * q;
+          int64_t from = offset;
+          __asm__("" : "+r"(eight_scales), "+r"(from));
+          __m512i steps[2][unit_steps];
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            four_rows(eight_scales + 4 * half, codes + 64 * (q + half), steps[half]);
+            _mm_prefetch(codes + 64 * (q + half) + ahead, _MM_HINT_T0);
           }
+#pragma GCC unroll 4
+          for (int step = 0; step < unit_steps; ++step)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+              const __m512i eight = inputs(x[r] + from + 8 * step);
+              sums.add(r, q, steps[0][step], eight);
+              sums.add(r, q + 1, steps[1][step], eight);
+            }
         }
       }
     }
