@@ -62,6 +62,12 @@ MUTANTS = [
         ("codes begin at 7", "static_cast<uint32_t>(code + 8)", "static_cast<uint32_t>(code + 7)"),
         ("rows are taken for dense", "row * call.stride", "row * call.width"),
         ("only one end is a limit", "code == 7 || code == -7", "code == 7"),
+        ("codes that are read begin at 7", "& 15) - 8;", "& 15) - 7;"),
+        ("nibbles are read in reverse", "(4 * (i % 8))", "(28 - 4 * (i % 8))"),
+        ("words that are read are taken for dense", "row * call.packed_stride", "row * (call.width / 8)"),
+        ("scales that are read are taken for dense", "row * call.scale_stride", "row * (call.width / call.group)"),
+        ("a group that is read has the scale of the first", "row * call.scale_stride + i / call.group", "row * call.scale_stride"),
+        ("values are cut off", "round_to_bf16(code * scale)", "bf16{static_cast<uint16_t>(bits_of(code * scale) >> 16)}"),
         ("what is lost is not rounded", "std::fabs(w - widen(round_to_bf16(static_cast<float>(code * s))))", "std::fabs(w - code * s)"),
     ]),
     *_mutants("indexer", [

@@ -27,6 +27,18 @@ constexpr float of_sums = 2e-5f;
 template <class T>
 constexpr float of_chains = sizeof(T) == 2 ? 0.02f : 1e-4f;
 
+// The kernels of this machine's instruction sets, the specification first, and those of AMX over an emulated tile unit.
+std::vector<const MatmulKernels*> usable_kernels() {
+  std::vector<const MatmulKernels*> found;
+  for (const Isa isa : usable_isas()) {
+    found.push_back(&matmul_for(isa));
+#if defined(__x86_64__)
+    if (isa == Isa::avx512_bf16) found.push_back(&avx512_bf16::matmul_by_emulated_tiles);
+#endif
+  }
+  return found;
+}
+
 // -- weights -----------------------------------------------------------------------------------------------------------
 
 // Canonical words and scales of `matrices` INT4 matrices, and their panels; the codes are in reach of the tests.
@@ -66,27 +78,28 @@ struct Int4 {
 // -- one matrix ----------------------------------------------------------------------------------------------------------
 
 template <class T>
-using Multiply = std::function<void(Isa isa, const T* x, int64_t rows, int64_t stride, T* y, int threads)>;
+using Multiply = std::function<void(const MatmulKernels& kernels, const T* x, int64_t rows, int64_t stride, T* y, int threads)>;
 
 // Every instruction set against the specification (`share` 0: the same numbers), with the same bits on any number of threads and
 // for a row alone.
 template <class T>
 void compare(const Exact<T>& x, int64_t rows, int64_t stride, int64_t outputs, float share, const Multiply<T>& multiply) {
-  const auto result_of = [&](Isa isa, int threads) {
+  const MatmulKernels* const specification = &matmul_for(Isa::scalar);
+  const auto result_of = [&](const MatmulKernels* kernels, int threads) {
     Exact<T> y(rows * outputs);
-    multiply(isa, x.data(), rows, stride, y.data(), threads);
+    multiply(*kernels, x.data(), rows, stride, y.data(), threads);
     return y;
   };
-  const Exact<T> expected = result_of(Isa::scalar, 2);
-  for (const Isa isa : usable_isas()) {
-    const Exact<T> result = result_of(isa, 1);
-    CHECK(close(result, expected, isa == Isa::scalar ? 0 : share));
-    for (const int threads : {2, 3})
-      if (isa != Isa::scalar) CHECK(result_of(isa, threads) == result);
+  const Exact<T> expected = result_of(specification, 2);
+  for (const MatmulKernels* kernels : usable_kernels()) {
+    const Exact<T> result = result_of(kernels, 1);
+    CHECK(close(result, expected, kernels == specification ? 0 : share));
+    for (const int threads : {2, 3, 4})
+      if (kernels != specification) CHECK(result_of(kernels, threads) == result);
     for (const int64_t row : {int64_t{0}, rows - 1}) {
       if (rows == 0) continue;
       const Exact<T> alone(outputs);
-      multiply(isa, x.data() + row * stride, 1, stride, alone.data(), 1);
+      multiply(*kernels, x.data() + row * stride, 1, stride, alone.data(), 1);
       CHECK(std::memcmp(alone.data(), &result[row * outputs], outputs * sizeof(T)) == 0);
     }
   }
@@ -98,8 +111,8 @@ void int4(int64_t rows, int64_t outputs, int64_t width, int64_t group, bool whol
   const Int4 weight(1, outputs, width, group, whole, random);
   const Exact<T> x(extent(rows, stride, width), rows % 2);
   whole ? fill_whole(x, random, 2) : fill_normal(x, random);
-  compare<T>(x, rows, stride, outputs, whole ? 0 : of_sums, [&](Isa isa, const T* from, int64_t count, int64_t step, T* y, int threads) {
-    matmul_for(isa).int4_matmul({from, sizeof(T) == 2, count, step, weight.weight(), y, threads});
+  compare<T>(x, rows, stride, outputs, whole ? 0 : of_sums, [&](const MatmulKernels& kernels, const T* from, int64_t count, int64_t step, T* y, int threads) {
+    kernels.int4_matmul({from, sizeof(T) == 2, count, step, weight.weight(), y, threads});
   });
 }
 
@@ -144,8 +157,8 @@ void dense(int64_t rows, int64_t outputs, int64_t width, bool whole, Random& ran
   whole ? fill_whole(weight, random, 3) : fill_normal(weight, random, 0.05f);
   const int64_t size = sizeof(T);
   const DenseWeight made = {{outputs, width, width}, reinterpret_cast<const uint8_t*>(weight.data()), size, weight_stride * size};
-  compare<T>(x, rows, stride, outputs, whole ? 0 : of_sums, [&](Isa isa, const T* from, int64_t count, int64_t step, T* y, int threads) {
-    matmul_for(isa).linear({from, sizeof(T) == 2, count, step, made, y, threads});
+  compare<T>(x, rows, stride, outputs, whole ? 0 : of_sums, [&](const MatmulKernels& kernels, const T* from, int64_t count, int64_t step, T* y, int threads) {
+    kernels.linear({from, sizeof(T) == 2, count, step, made, y, threads});
   });
 }
 
@@ -175,8 +188,8 @@ void int8(int64_t rows, int64_t outputs, int64_t width, bool whole, Random& rand
   for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(i % 50 == 0 ? -128 : random());
   for (int64_t i = 0; i < outputs; ++i) scales[i] = whole ? std::ldexp(1.0f, static_cast<int>(i % 5) - 2) : 0.013f * static_cast<float>(i + 1);
   const Int8Weight made = {{outputs, width, width}, codes.data(), row_bytes, scales.data()};
-  compare<T>(x, rows, stride, outputs, whole ? 0 : 0.005f, [&](Isa isa, const T* from, int64_t count, int64_t step, T* y, int threads) {
-    matmul_for(isa).int8_matmul({from, sizeof(T) == 2, count, step, made, y, threads});
+  compare<T>(x, rows, stride, outputs, whole ? 0 : 0.005f, [&](const MatmulKernels& kernels, const T* from, int64_t count, int64_t step, T* y, int threads) {
+    kernels.int8_matmul({from, sizeof(T) == 2, count, step, made, y, threads});
   });
 }
 
@@ -237,17 +250,18 @@ void fill_hidden(const Exact<T>& hidden, int64_t stride, bool whole, Random& ran
 
 template <class T, class Run>
 void compare_experts(const Routes& routes, int64_t width, float share, const Run& run) {
-  const auto result_of = [&](Isa isa, int threads) {
+  const MatmulKernels* const specification = &matmul_for(Isa::scalar);
+  const auto result_of = [&](const MatmulKernels* kernels, int threads) {
     Exact<T> y(routes.tokens * width);
-    run(isa, y.data(), threads);
+    run(*kernels, y.data(), threads);
     return y;
   };
-  const Exact<T> expected = result_of(Isa::scalar, 2);
-  for (const Isa isa : usable_isas()) {
-    const Exact<T> result = result_of(isa, 1);
+  const Exact<T> expected = result_of(specification, 2);
+  for (const MatmulKernels* kernels : usable_kernels()) {
+    const Exact<T> result = result_of(kernels, 1);
     CHECK(close(result, expected, share));
-    for (const int threads : {2, 3})
-      if (isa != Isa::scalar) CHECK(result_of(isa, threads) == result);
+    for (const int threads : {2, 3, 4})
+      if (kernels != specification) CHECK(result_of(kernels, threads) == result);
   }
 }
 
@@ -270,8 +284,8 @@ void int4_experts(const Routes& routes, int64_t width, int64_t between, int64_t 
     return ExpertsCall<Int4Weight>{hidden.data(), sizeof(T) == 2, routes.tokens, stride, routes.weights.data(), routes.ids.data(), routes.choices,
                                    experts, gate_up.weight(0, 2), gate_up.weight(1, 2), down.weight(), y, threads};
   };
-  compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](Isa isa, T* y, int threads) { matmul_for(isa).int4_experts(call(y, threads)); });
-  compare_experts<T>(routes, width, 0.03f, [&](Isa isa, T* y, int threads) { matmul_for(isa).int4_int8_experts(call(y, threads)); });
+  compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_experts(call(y, threads)); });
+  compare_experts<T>(routes, width, 0.03f, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_int8_experts(call(y, threads)); });
 }
 
 template <class T>
@@ -287,8 +301,8 @@ void dense_experts(const Routes& routes, int64_t width, int64_t between, bool wh
     return DenseWeight{{rows, inputs, inputs}, reinterpret_cast<const uint8_t*>(all.data() + first), size, row_stride * size, of_expert * row_stride * size};
   };
   const DenseWeight gate = weight(gate_up, 0, between, width, up_stride, 2 * between), up = weight(gate_up, between * up_stride, between, width, up_stride, 2 * between);
-  compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](Isa isa, T* y, int threads) {
-    matmul_for(isa).dense_experts({hidden.data(), sizeof(T) == 2, routes.tokens, stride, routes.weights.data(), routes.ids.data(), routes.choices, experts,
+  compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](const MatmulKernels& kernels, T* y, int threads) {
+    kernels.dense_experts({hidden.data(), sizeof(T) == 2, routes.tokens, stride, routes.weights.data(), routes.ids.data(), routes.choices, experts,
                                    gate, up, weight(down, 0, width, between, down_stride, width), y, threads});
   });
 }
