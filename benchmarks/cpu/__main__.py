@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu                         all contests, a table
     python -m benchmarks.cpu --only matmul sparse    some of them
-    python -m benchmarks.cpu --out benchmarks/results --plot   also JSON and a plot
+    python -m benchmarks.cpu --out benchmarks/results --plot   also JSON and a plot, beside what earlier runs left there
 
 The machine should be otherwise idle; shares and ratios are of one run, and the two limits are measured between the rounds.
 """
@@ -54,6 +54,18 @@ def machine() -> dict[str, object]:
     }
 
 
+def record(directory: Path, results: list[Result]) -> list[Result]:
+    """Writes cpu.json; contests that it holds and that did not run now stay. Returns all of them."""
+    path = directory / "cpu.json"
+    ran = {(result.operator, result.work) for result in results}
+    held = json.loads(path.read_text())["results"] if path.exists() else []
+    kept = [Result(**{key: value for key, value in r.items() if key != "share"}) for r in held]
+    kept = [result for result in kept if (result.operator, result.work) not in ran] + results
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "results": [result.as_dict() for result in kept]}, indent=1) + "\n")
+    return kept
+
+
 def plot(results: list[Result], path: Path) -> None:
     """Shares of the limit, this project's kernels and the best of the others, as SVG."""
     import matplotlib
@@ -94,14 +106,12 @@ def main() -> None:
             results += run(contest, limits, rounds=options.rounds, budget=options.budget)
             if not options.json:
                 print(table(results[-len(contest.contenders) :]).split("\n", 2)[2], flush=True)
-    record = {"machine": machine(), "results": [result.as_dict() for result in results]}
+            if options.out is not None:
+                kept = record(options.out, results)
     if options.json:
-        print(json.dumps(record, indent=1))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        if options.plot:
-            plot(results, options.out / "cpu.svg")
+        print(json.dumps({"machine": machine(), "results": [result.as_dict() for result in results]}, indent=1))
+    if options.out is not None and options.plot:
+        plot(kept, options.out / "cpu.svg")
 
 
 if __name__ == "__main__":

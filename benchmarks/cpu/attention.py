@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.cpu.contest import Contest
 from glm5_port.backends.cpu.extension import widest_isa
 from glm5_port.dispatch import Operator
+from glm5_port.memory import zeros
 from glm5_port.operators import lightning_indexer, mla_attention_absorbed, sparse_mla_attention
 
 HEADS, LATENT, ROPE, SELECTED, SCALE = 64, 512, 64, 2048, 256**-0.5
@@ -37,13 +38,19 @@ def _pages(sequences: int, length: int) -> dict[str, Tensor]:
     }
 
 
+def _cache(generator: torch.Generator, pages: int, width: int) -> Tensor:
+    """A field in memory such as a model's cache has."""
+    field = zeros(pages, PAGE, width, dtype=torch.bfloat16)
+    return field.copy_(torch.randn(field.shape, generator=generator))
+
+
 def _latent_call(tokens: int, sequences: int, length: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(length + tokens)
     pages = -(-length // PAGE)
     return {
         "query_latent": torch.randn(tokens, HEADS, LATENT, generator=generator).mul_(0.3).bfloat16(),
         "query_rope": torch.randn(tokens, HEADS, ROPE, generator=generator).mul_(0.3).bfloat16(),
-        "latent_cache": [torch.randn(sequences * pages, PAGE, width, generator=generator).bfloat16() for width in (LATENT, ROPE)],
+        "latent_cache": [_cache(generator, sequences * pages, width) for width in (LATENT, ROPE)],
         "query_starts": torch.arange(sequences + 1, dtype=torch.int32) * (tokens // sequences),
         **_pages(sequences, length),
         "scale": SCALE,
@@ -168,7 +175,7 @@ def indexer() -> Iterator[Contest]:
         a = {
             "index_query": torch.randn(tokens, INDEX_HEADS, INDEX_WIDTH, generator=generator).bfloat16(),
             "head_weights": torch.randn(tokens, INDEX_HEADS, generator=generator),
-            "index_cache": [torch.randn(*pages["block_table"].shape[1:], PAGE, INDEX_WIDTH, generator=generator).bfloat16()],
+            "index_cache": [_cache(generator, length // PAGE, INDEX_WIDTH)],
             "query_starts": torch.tensor([0, tokens], dtype=torch.int32),
             **pages,
             "top_k": SELECTED,

@@ -1,14 +1,18 @@
 """How contests are run: same inputs, alternating calls, medians, cold weights, limits measured in between, errors beside times.
 
 A contest is one piece of work (an operator, shapes, a number of tokens) and its contenders. Rounds go through all contenders in
-turn, so that whatever else the machine does hits them alike. Weights come in copies that together exceed the last-level cache
-several times, and each call takes the next copy: a call finds its own weights in memory, as in a model with many layers. The
-limit of a contest is the larger of bytes / bandwidth and operations / peak, both measured by read-only and register-only loops of
-the extension between the rounds; shares are ratios inside one run.
+turn, so that whatever else the machine does hits them alike; a round in which other processes took processor time does not count.
+Weights come in copies that together exceed the last-level cache several times, and each call takes the next copy: a call finds
+its own weights in memory, as in a model with many layers. Short calls are timed in a row, as layer follows layer, after one that
+is not timed: the first after something else also waits for its code, for the interpreter's and for the other threads. Before each
+contender there is a pause, since threads of the one before spin on for a while. The limit of a contest is the larger of
+bytes / bandwidth and operations / peak, both measured by read-only and register-only loops of the extension between the rounds;
+shares are ratios inside one run.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +23,19 @@ import torch
 from torch import Tensor
 
 from glm5_port.backends.cpu.extension import ISAS, kernels, threads, widest_isa
+from glm5_port.memory import zeros
 
 READ_BYTES = 256 * 2**20
 COLD_BYTES = 256 * 2**20
 """Copies of weights take at least as much together."""
 PEAK_SECONDS = 0.02
+BURST_SECONDS = 0.01
+"""That calls timed in a row take together."""
+PAUSE_SECONDS = 0.1
+MOST_DISTURBANCE = 0.03
+"""Share of a processor that others may take in a round that counts."""
+PATIENCE = 4
+"""Times the budget of a contest until rounds count in which others took more; the result says how many did."""
 KINDS = {"float32": 0, "bf16": 1, "int8": 2}
 
 
@@ -62,6 +74,7 @@ class Result:
         floor_milliseconds: the limit, from the medians of bandwidth and peak in the same rounds.
         bound: "memory" or "products": which of the two is the limit.
         error: relative Frobenius error against the gold; None where it was not asked for.
+        disturbed: rounds that count although other processes ran.
     """
 
     operator: str
@@ -72,6 +85,7 @@ class Result:
     bound: str
     error: float | None
     rounds: int
+    disturbed: int
     limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -97,7 +111,7 @@ class Limits:
         if isa is None:
             raise SystemExit("the native kernels are not built here: there is nothing to measure")
         self._isa = ISAS.index(isa)
-        self._memory = torch.ones(READ_BYTES // 4, dtype=torch.int32)
+        self._memory = zeros(READ_BYTES // 4, dtype=torch.int32).fill_(1)  # written, or it would be one page of zeros
         self._repeats = {kind: self._calibrated(number) for kind, number in KINDS.items()}
 
     def _calibrated(self, kind: int) -> int:
@@ -131,36 +145,76 @@ class Limits:
         return max(operations / seconds for operations, seconds in (self._time(number, repeats) for _ in range(3)))
 
 
+class Others:
+    """What other processes, and the hypervisor's other machines, take of the processors."""
+
+    TICKS = os.sysconf("SC_CLK_TCK")
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        with open("/proc/stat") as lines:
+            user, nice, system, _idle, _wait, interrupt, soft, steal = map(int, next(lines).split()[1:9])
+        busy = (user + nice + system + interrupt + soft + steal) / self.TICKS
+        return time.perf_counter(), busy - time.process_time()
+
+    def share(self) -> float:
+        """Seconds of processor time a second since the last question."""
+        before, self._last = self._last, self._now()
+        return (self._last[1] - before[1]) / (self._last[0] - before[0])
+
+
 def run(contest: Contest, limits: Limits, *, rounds: int, budget: float) -> Iterator[Result]:
-    """Runs a contest: at least three rounds, then until `rounds` or `budget` seconds are reached."""
+    """Runs a contest: at least three rounds, then until `rounds` or `budget` seconds are reached; rounds that others disturb are
+    tried again, for PATIENCE budgets at most."""
     gold = contest.gold() if contest.gold is not None else None
     errors: dict[str, float | None] = {}
+    bursts: dict[str, int] = {}
     for name, call in contest.contenders.items():  # warms up, too
         result = call(0)
+        started = time.perf_counter()
+        call(contest.copies - 1)
+        seconds = time.perf_counter() - started
+        bursts[name] = max(1, min(contest.copies // 2, int(BURST_SECONDS / seconds)))
         errors[name] = None if gold is None else float((result.double() - gold).norm() / gold.norm())
     times: dict[str, list[float]] = {name: [] for name in contest.contenders}
-    bandwidth, peak = [], []
-    until, done = time.perf_counter() + budget, 0
-    while done < rounds and (done < 3 or time.perf_counter() < until):
-        bandwidth.append(limits.bandwidth())
-        peak.append(limits.peak(contest.kind))
+    bandwidth: list[float] = []
+    peak: list[float] = []
+    others, begun, done, disturbed = Others(), time.perf_counter(), 0, 0
+    while done < rounds and (done < 3 or time.perf_counter() < begun + budget):
+        others.share()
+        round_limits = limits.peak(contest.kind), limits.bandwidth()
+        round_times: dict[str, float] = {}
         for name, call in contest.contenders.items():
+            time.sleep(PAUSE_SECONDS)
+            call((done - 1) % contest.copies)
             started = time.perf_counter()
-            call(done % contest.copies)
-            times[name].append(time.perf_counter() - started)
+            for number in range(bursts[name]):
+                call((done + number) % contest.copies)
+            round_times[name] = (time.perf_counter() - started) / bursts[name]
+        if others.share() > MOST_DISTURBANCE:
+            if time.perf_counter() < begun + PATIENCE * budget:
+                continue
+            disturbed += 1
         done += 1
+        peak.append(round_limits[0])
+        bandwidth.append(round_limits[1])
+        for name, seconds in round_times.items():
+            times[name].append(seconds)
     by_memory = contest.bytes / statistics.median(bandwidth)
     by_products = contest.operations / statistics.median(peak)
-    for name, seconds in times.items():
+    for name, measured in times.items():
         yield Result(
             operator=contest.operator,
             work=contest.work,
             contender=name,
-            milliseconds=1e3 * statistics.median(seconds),
+            milliseconds=1e3 * statistics.median(measured),
             floor_milliseconds=1e3 * max(by_memory, by_products),
             bound="memory" if by_memory >= by_products else "products",
             error=errors[name],
             rounds=done,
+            disturbed=disturbed,
             limits={"read_gb_s": statistics.median(bandwidth) / 1e9, f"{contest.kind}_gop_s": statistics.median(peak) / 1e9},
         )
 
