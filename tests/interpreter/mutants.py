@@ -2,7 +2,7 @@
 """Triton kernels with one mistake each, which the parity cases must notice through the interpreter.
 
 A mutant is a kernel module with one piece of text exchanged; it is imported in place of the module, and so are the modules that use
-it.
+it. None touches memory that the kernel would not touch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _mutants(module: str, family: str, rows: list[tuple[str, str, str, str, str]
 MUTANTS = [
     *_mutants("norm", "norm", [
         ("rms_norm", "odd_width", "the mean counts the padding", "WIDTH * 1.0", "BLOCK * 1.0"),
-        ("rms_norm", "odd_width", "numbers beyond the row are read", "columns < WIDTH", "columns < BLOCK"),
+        ("rms_norm", "odd_width", "the last number of a row is left out", "columns < WIDTH", "columns < WIDTH - 1"),
         ("rms_norm", "tiny_values_eps_1e-5", "eps is forgotten", "mean_square + eps", "mean_square"),
         ("add_rms_norm", "one_token", "the residual is subtracted", "values += tl.load(residual", "values -= tl.load(residual"),
     ]),
@@ -68,7 +68,6 @@ MUTANTS = [
         ("route_experts", "one_token", "biased scores are the weights", "tl.where(mine, scores, 0.0)", "tl.where(mine, biased, 0.0)"),
         ("route_experts", "groups few_values_in_groups", "a group's score is its best", "value_of((first >> 32).to(tl.int32)) + ", ""),
         ("route_experts", "negative_biased_scores", "negative scores are in the wrong order", "tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)", "bits"),
-        ("route_experts", "odd_sizes", "experts that do not exist are chosen", "ranks = tl.where(ids < EXPERTS, ranked(biased, ids, BLOCK), NOTHING)\n\n", "ranks = ranked(biased, ids, BLOCK)\n\n"),
         ("route_experts", "odd_sizes", "the end of the hidden size is not cut off", "mask=(rows < tokens)[:, None] & (k < WIDTH)", "mask=(rows < tokens)[:, None] & (k < WIDTH - 1)"),
     ]),
     *_mutants("quantize", "quantize", [
@@ -81,27 +80,28 @@ MUTANTS = [
         ("int4_dequantize", "every_code", "codes begin at 7", "& 15) - 8", "& 15) - 7"),
     ]),
     *_mutants("weights", "matmul", [
-        ("int4_matmul", "one_token", "the upper nibbles are shifted too far", "4 * J - 20", "4 * J - 16"),
-        ("int4_matmul", "identity", "weights are not rounded to bfloat16", "round_to_bfloat16(run_of_codes(words, J) * scale[:, None])", "run_of_codes(words, J) * scale[:, None]"),
-        ("int4_matmul", "one_token", "codes begin at 7", "+ 8.0)", "+ 7.0)"),
+        ("int4_matmul", "one_token", "neighbours are exchanged", "tl.join(even, odd)", "tl.join(odd, even)"),
+        ("int4_matmul", "one_token", "runs are taken for words", "((words >> (4 * J)) & 0x000F000F)", "((words >> (2 * J)) & 0x000F000F)"),
+        ("int4_matmul", "identity", "weights are not rounded to bfloat16", "even = round_to_bfloat16((even.to(tl.float32) - 136.0) * wide)", "even = (even.to(tl.float32) - 136.0) * wide"),
+        ("int4_matmul", "one_token", "codes begin at 7", "odd = round_to_bfloat16((odd.to(tl.float32) - 136.0)", "odd = round_to_bfloat16((odd.to(tl.float32) - 135.0)"),
     ]),
     *_mutants("matmul", "matmul", [
         ("int4_matmul", "group_128 three_dims", "all groups have the first scale", "(start // GROUP) * OUTPUTS", "(start // WIDTH) * OUTPUTS"),
-        ("int4_matmul", "per_channel", "inputs beyond the row are read", "& (k < WIDTH)[:, None], other=0.0)\n                sums", "& (k < WIDTH + 32)[:, None], other=0.0)\n                sums"),
+        ("int4_matmul", "per_channel", "the last input of a row is left out", "& (k < WIDTH)[:, None], other=0.0", "& (k < WIDTH - 1)[:, None], other=0.0"),
         ("int8_matmul", "ties", "codes are cut off", "(tl.div_rn(values, scale) + 12582912.0) - 12582912.0", "tl.div_rn(values, scale)"),
-        ("int8_matmul", "quiet_rows", "quiet rows have scales of their own", "amax < SMALLEST, 1.0", "amax < 0.0, 1.0"),
-        ("int8_matmul", "odd_widths", "inputs beyond the row are read", "mask=(r < rows)[:, None] & (k < WIDTH)[None, :], other=0)", "mask=(r < rows)[:, None] & (k < WIDTH - 1)[None, :], other=0)"),
+        ("int8_matmul", "integers", "codes end at 128", "tl.div_rn(amax, 127.0)", "tl.div_rn(amax, 128.0)"),
+        ("int8_matmul", "odd_widths", "the last code of a row is left out", "mask=(r < rows)[:, None] & (k < WIDTH)[None, :], other=0)", "mask=(r < rows)[:, None] & (k < WIDTH - 1)[None, :], other=0)"),
         ("int8_matmul", "not_finite", "NaN is not noticed", "finite = finite & (tl.abs(values) < float(\"inf\"))", "finite = finite & (tl.abs(values) != float(\"inf\"))"),
     ]),
     *_mutants("experts", "experts", [
         ("expert_mlp", "one_token", "gate and up are exchanged", "narrow(silu_times(gate, up), between.dtype.element_ty)", "narrow(silu_times(up, gate), between.dtype.element_ty)"),
-        ("expert_mlp", "ids_out_of_range", "ids out of range are the first expert", "known = (id >= 0) & (id < EXPERTS)\n        counts", "known = id < EXPERTS\n        counts"),
+        ("expert_mlp", "ids_out_of_range", "ids below 0 count", "known = (id >= 0) & (id < EXPERTS)\n        weight", "known = id < EXPERTS\n        weight"),
         ("expert_mlp", "many_rows_per_expert", "places in a block begin again with each chunk", "listed = first * BLOCK_B\n", "listed = first * 0\n"),
         ("expert_mlp", "unread_weights", "weights that nobody may read are read", "mask=known, other=0.0)", "mask=token < tokens, other=0.0)"),
         ("expert_mlp", "odd_sizes", "a token is a routed row", "(row // CHOICES)[None, :] * x_stride", "row[None, :] * x_stride % x_stride"),
         ("expert_mlp_int4", "one_token", "gate and up are exchanged in INT4", "narrow(silu_times(gate, up), dtype)", "narrow(silu_times(up, gate), dtype)"),
         ("expert_mlp_int4", "group_64", "up has the scales of gate", "run_of_scales(scales, start, BETWEEN + n,", "run_of_scales(scales, start, n,"),
-        ("expert_mlp_int4", "one_token", "every expert has the first one's words", "words + expert * (TILES * 2 * BETWEEN * RUN)", "words + expert * 0"),
+        ("expert_mlp_int4", "one_token", "every expert has the first one's words", "words + expert * (TILES * 2 * BETWEEN * WORDS)", "words + expert * 0"),
         ("expert_mlp_int4_w4a8", "one_token", "rows have no scale", "sums = sums * tl.load(row_scales + row, mask=used, other=0.0)[None, :]", "sums = sums * 1.0"),
     ]),
 ]  # fmt: skip
