@@ -127,9 +127,11 @@ def run_speed(
     left_out: list[str] = []
     chosen = parity.implementations_on(backend, operators)
     for workload in workloads(released("GLM-5.2"), prefill=min(PREFILL, context), context=context):
-        for implementation in (i for i in chosen if i.operator is workload.operator):
+        mine = [i for i in chosen if i.operator is workload.operator]
+        facts = _facts(workload, device) if mine and time.monotonic() < until else None
+        for implementation in mine:
             key = (workload.operator.name, implementation.id)
-            reasons = implementation.not_supported(**_facts(workload, device))
+            reasons = implementation.not_supported(**facts) if facts else []
             if key in failed or reasons or implementation.prepare is not None or time.monotonic() > until:
                 why = "parity failed" if key in failed else "; ".join(reasons) or "out of time, or weights to prepare"
                 left_out.append(f"{' '.join(key)}, {workload.name}: {why}")

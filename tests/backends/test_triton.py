@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glm5_port.backends.cuda import triton_support
-from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation, recording
+from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation
 from glm5_port.registry import Implementation
 from glm5_port.testing import parity
 from glm5_port.testing.calls import prepared_arguments
@@ -81,7 +81,7 @@ def test_no_wrapper_waits_for_the_card(implementation: Implementation) -> None:
         if case.tags & WIDTH or implementation.not_supported(**facts):
             continue
         given = prepared_arguments(implementation, facts, arguments)
-        with fake_devices(), recording(), torch.no_grad():
+        with fake_devices(), torch.no_grad():
             implementation.function(**{name: on_cuda(value) for name, value in given.items()})
         tried += 1
     assert tried

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from glm5_port.dispatch import Operator
 from glm5_port.preparation import Preparation
@@ -196,7 +197,7 @@ _recorded: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **named: Any) -> None:
-    """Starts a kernel on the device of its first argument, a tensor. An empty grid starts nothing.
+    """Starts a kernel on the device of its first argument, a tensor. An empty grid starts nothing, and neither do fake tensors.
 
     Args:
         kernel: a function decorated with `triton.jit`.
@@ -211,6 +212,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **named: Any) -> N
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
         _recorded.append(Launch(kernel, tuple(grid), given, options))
         return
+    if isinstance(arguments[0], FakeTensor):
+        return  # shapes are being traced: there is nothing to compute on
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton starts on the current device, whatever the tensors' is
