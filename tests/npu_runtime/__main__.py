@@ -9,12 +9,20 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import runpy
 import sys
 import unittest
 
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+
+def _say_what_ran() -> None:
+    from tests.npu_runtime import machine
+
+    counts = ", ".join(f"{name} {calls}" for name, calls in sorted(machine.counted().items()))
+    print(f"{machine.TITLE}: kernels asked of CANN: {counts or 'none'}", file=sys.stderr)
 
 
 def main() -> None:
@@ -32,6 +40,7 @@ def main() -> None:
     if asked.no_skips:
         unittest.skip = lambda reason: lambda function: function  # type: ignore[assignment]
         unittest.skipIf = unittest.skipUnless = lambda condition, reason: lambda function: function  # type: ignore[assignment]
+    atexit.register(_say_what_ran)
     if asked.module:
         sys.argv = [asked.module, *asked.arguments]
         runpy.run_module(asked.module, run_name="__main__", alter_sys=True)

@@ -69,10 +69,15 @@ def library_folder() -> Path:
     folder = Path(sys.prefix) / "stand-in-runtime" / digest.hexdigest()[:16]
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-            _make(wheel, Path(made))
-            Path(made).chmod(0o755)
-            shutil.copytree(made, folder, dirs_exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _make(wheel, made)
+            made.rename(folder)  # at once: test processes start together
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return folder
 
 

@@ -95,7 +95,7 @@ def start(chip: str = "A2", cann: str = "9.1.0", devices: int = 1) -> Machine:
         if name == libraries.RUNTIME:
             library.stand_in_describe(CHIPS[chip].encode(), cann.encode(), devices)
     _kernels = library
-    _kernels.stand_in_take_log.restype = ctypes.c_char_p
+    _kernels.stand_in_take_log.restype = _kernels.stand_in_counted.restype = ctypes.c_char_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the folder of CANN, which holds nothing that the vendor's own tools look for
         import torch
@@ -142,15 +142,27 @@ def armed(*kernels: str) -> Iterator[None]:
         _kernels.stand_in_arm(b"")
 
 
+def counted() -> dict[str, int]:
+    """How often each kernel ran in this process."""
+    found, calls = {}, ctypes.c_long()
+    while (name := _kernels.stand_in_counted(len(found), ctypes.byref(calls))) is not None:
+        found[name.decode()] = calls.value
+    return found
+
+
 def taken() -> list[KernelCall]:
-    """The aclnn calls since the last time that somebody asked."""
+    """The aclnn calls since the last time that somebody asked.
+
+    Raises:
+        RuntimeError: more calls were made than are kept.
+    """
     return _parse(_kernels.stand_in_take_log().decode())
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[KernelCall]]:
     """The aclnn calls made within the context, filled when it ends."""
-    taken()
+    _kernels.stand_in_take_log()
     calls: list[KernelCall] = []
     try:
         yield calls
@@ -164,6 +176,8 @@ def _parse(log: str) -> list[KernelCall]:
     others: list[list[Any]] = []
     for line in log.splitlines():
         kind, *values = json.loads(line)
+        if kind == "overflow":
+            raise RuntimeError("more calls were made than are kept: take them more often")
         if kind == "tensor":
             dtype, shape, strides, offset, layout, storage = values
             name = DTYPES.get(dtype, f"aclDataType {dtype}")

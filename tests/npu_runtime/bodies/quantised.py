@@ -38,7 +38,7 @@ def antiquantised(weight: Tensor, scale: Tensor, offset: Tensor | None, dtype: t
         size = -(-weight.shape[0] // scale.shape[0])
         scale = scale.repeat_interleave(size, dim=0)[: weight.shape[0]]
         offset = None if offset is None else offset.repeat_interleave(size, dim=0)[: weight.shape[0]]
-    shifted = shifted if offset is None else (shifted + offset.float()).to(dtype).float()
+    shifted = shifted if offset is None else shifted + offset.float()
     return (shifted * scale.float()).to(dtype).float()
 
 
