@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from glm5_port.backends.cuda.triton_support import interpreted
+from tests.interpreter.patch_once import patch_once
 
 collect_ignore_glob = [] if interpreted() else ["*"]
 
@@ -26,3 +27,4 @@ def let_scalars_count() -> None:
 
 if interpreted():
     let_scalars_count()
+    patch_once()
