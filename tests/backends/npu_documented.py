@@ -66,6 +66,20 @@ DOCUMENTED = {
             "sparse_mode | return_value | sparse_count"
         ),
     ),
+    "npu_quant_lightning_indexer": (
+        "A2 | A3 | 950PR | 950DT",
+        (
+            "actual_seq_lengths_query | actual_seq_lengths_key | block_table | layout_query | layout_key | "
+            "sparse_count | sparse_mode | pre_tokens | next_tokens"
+        ),
+        (
+            "query dtype | key dtype | weights dtype | query_dequant_scale dtype | key_dequant_scale dtype | "
+            "query dims | key dims | key_dequant_scale dims | query, weights, query_dequant_scale, key contiguous | "
+            "page size | key heads | head width | query heads | actual_seq_lengths_query dtype | block_table dtype | "
+            "block_table dims | pre_tokens | next_tokens | actual_seq_lengths_key dtype | layout_query | layout_key | "
+            "sparse_mode | query_quant_mode | key_quant_mode | sparse_count"
+        ),
+    ),
     "npu_sparse_flash_attention": (
         "A2 | A3 | 950PR | 950DT",
         (

@@ -192,6 +192,17 @@ def npu_lightning_indexer(
     return found, query.new_empty(0)
 
 
+@body
+def npu_quant_lightning_indexer(
+    query: Tensor, key: Tensor, weights: Tensor, query_dequant_scale: Tensor, key_dequant_scale: Tensor, query_quant_mode: int,
+    key_quant_mode: int, **options: Any,
+) -> Tensor:  # fmt: skip
+    scaled = (weights.float() * query_dequant_scale.float()).half()
+    assert scaled.isfinite().all()
+    keys = key.float() * key_dequant_scale.float()[..., None]
+    return npu_lightning_indexer(query.float(), keys, scaled, **options)[0]
+
+
 def _attend(query: Tensor, keys: Tensor, width: int, scale: float) -> Tensor:
     """[H, D] over keys [U, D], whose first `width` channels are the values."""
     weights = torch.softmax(query.float() @ keys.T * scale, dim=-1)

@@ -31,8 +31,8 @@ def implementation(needs: str) -> Implementation:
 KEPT = ("dtype", "cache format", "rotation", "renormalise", "group size", "outputs", "packed widths")
 """Rules on facts that hold whatever the size of a model."""
 SIZES = (
-    "page size", "latent width", "rope width", "rope shape", "key width", "query width", "head width", "heads", "whole 16s",
-    "x dims", "groups", "group size", "sparse_count", "weight unit",
+    "page size", "latent width", "rope width", "rope shape", "key width", "query width", "head width", "heads", "query heads",
+    "whole 16s", "x dims", "groups", "group size", "sparse_count", "weight unit",
 )  # fmt: skip
 """Rules of calls about sizes: the bodies on the host take any."""
 

@@ -81,6 +81,14 @@ BREAKING: dict[str, dict[str, dict[str, Any]]] = {
         "top_k": {"top_k": 3000},
         **_FP8,
     },
+    "lightning_indexer/aclnn_int8": {
+        "dtype": {"dtype": torch.float16},
+        "index heads": {"heads": 48},
+        "index head width": {"head_dim": 64},
+        "page size": {"page_size": 2048},
+        "top_k": {"top_k": 3072},
+        **_FP8,
+    },
     "lightning_indexer/ordered": {"dtype": DTYPE},
     "mla_project/aclnn": {"dtype": DTYPE},
     "mla_prologue/aclnn_steps": {"dtype": DTYPE, **_HEAD_16},
@@ -113,6 +121,7 @@ BREAKING: dict[str, dict[str, dict[str, Any]]] = {
 }
 GLM5 = {
     "sparse_mla_attention/aclnn_int8": {"cache_format": "int8"},
+    "lightning_indexer/aclnn_int8": {"cache_format": "int8"},
     "expert_mlp_int4_w4a8/aclnn": {"group_size": -1},
 }
 """Facts of the released model, where an implementation is for another choice than the default one."""
@@ -283,6 +292,9 @@ SPECIAL: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "npu_lightning_indexer weights dtype": lambda a: {"weights": a["weights"].double()},
     "npu_lightning_indexer query heads": lambda a: {"query": _shape(2, 65, 128)},
     "npu_lightning_indexer head width": lambda a: {"query": a["query"][..., :64]},
+    "npu_quant_lightning_indexer query heads": lambda a: {"query": _shape(2, 48, 128)},
+    "npu_quant_lightning_indexer head width": lambda a: {"query": a["query"][..., :64]},
+    "npu_quant_lightning_indexer sparse_count": lambda a: {"sparse_count": 2049},
     "npu_lightning_indexer sparse_count": lambda a: {"sparse_count": 2049},
     "npu_fused_infer_attention_score heads": lambda a: {"num_heads": 48},
     "npu_fused_infer_attention_score atten_mask": lambda a: {"atten_mask": a["atten_mask"][:64]},

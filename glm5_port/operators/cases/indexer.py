@@ -160,6 +160,7 @@ def _scoring_cases(top_k: dict[str, int], long_top_k: dict[str, int], glm5_top_k
     yield Case("zero_plateau", lambda make: {**_zero_plateau(make, sign=1), **top_k, **long_top_k}, exact=True, tags=TIES)
     yield Case("below_the_zero_plateau", lambda make: {**_zero_plateau(make, sign=-1), **top_k}, exact=True, tags=TIES)
     yield case("glm5_decode", [1, 2], [2100, 300], glm5_top_k, heads=32, head_dim=128, page_size=64)
+    yield case("glm5_decode_int8", [1, 2], [2100, 300], glm5_top_k, heads=32, head_dim=128, page_size=64, cache_format="int8")
     yield case("glm5_decode_fp8", [1, 2], [2100, 300], glm5_top_k, heads=32, head_dim=128, page_size=64, cache_format="fp8")
 
 

@@ -14,6 +14,7 @@ from glm5_port.backends.npu.contracts.attention import (
     KV_QUANT_SPARSE_FLASH_ATTENTION,
     LIGHTNING_INDEXER,
     MLA_PROLOG,
+    QUANT_LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
 )
 from glm5_port.backends.npu.contracts.experts import (
@@ -50,6 +51,7 @@ VENDOR_OPERATORS = {
         SCATTER_ND_UPDATE,
         MLA_PROLOG,
         LIGHTNING_INDEXER,
+        QUANT_LIGHTNING_INDEXER,
         SPARSE_FLASH_ATTENTION,
         KV_QUANT_SPARSE_FLASH_ATTENTION,
         FUSED_INFER_ATTENTION,

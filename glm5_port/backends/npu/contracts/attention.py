@@ -20,6 +20,8 @@ from glm5_port.backends.npu.contracts.kinds import (
 )
 from glm5_port.backends.npu.rules import Rule, VendorOperator
 
+INDEX_HEADS = (8, 16, 24, 32, 64)
+"""Index heads that the indexer's 8-bit form takes on every chip; A2 and A3 take any number up to 64."""
 _PAGED_LENGTHS = (
     of_dtype("actual_seq_lengths_query", torch.int32),
     of_dtype("block_table", torch.int32),
@@ -127,6 +129,48 @@ LIGHTNING_INDEXER = VendorOperator(
 
 def sparse_count_fits(count: int) -> bool:
     return 1 <= count <= 2048 or (3072 <= count <= 8192 and count % 1024 == 0)
+
+
+QUANT_LIGHTNING_INDEXER = VendorOperator(
+    "npu_quant_lightning_indexer",
+    ("aclnnQuantLightningIndexer",),
+    ("query", "key", "weights", "query_dequant_scale", "key_dequant_scale", "query_quant_mode", "key_quant_mode"),
+    EVERY_CHIP,
+    explicit=(
+        "actual_seq_lengths_query",
+        "actual_seq_lengths_key",
+        "block_table",
+        "layout_query",
+        "layout_key",
+        "sparse_count",
+        "sparse_mode",
+        "pre_tokens",
+        "next_tokens",
+    ),
+    rules=(
+        of_dtype("query", torch.int8),
+        of_dtype("key", torch.int8),
+        of_dtype("weights", torch.float16),
+        of_dtype("query_dequant_scale", torch.float16),
+        of_dtype("key_dequant_scale", torch.float16),
+        of_dims("query", 3),
+        of_dims("key", 4),
+        of_dims("key_dequant_scale", 3),
+        dense("query", "weights", "query_dequant_scale", "key"),
+        page_rows("key", 1),
+        Rule("key heads", "one key head", lambda key, **_: key.shape[2] == 1),
+        Rule("head width", "heads of 128 channels", lambda query, key, **_: query.shape[-1] == key.shape[-1] == 128),
+        Rule("query heads", "8, 16, 24, 32 or 64 query heads", lambda query, **_: query.shape[1] in INDEX_HEADS),
+        *_PAGED_LENGTHS,
+        of_dtype("actual_seq_lengths_key", torch.int32),
+        value("layout_query", "TND"),
+        value("layout_key", "PA_BSND"),
+        value("sparse_mode", 3),
+        value("query_quant_mode", 0),
+        value("key_quant_mode", 0),
+        Rule("sparse_count", "sparse_count of 1 to 2048", lambda sparse_count, **_: 1 <= sparse_count <= 2048),
+    ),
+)
 
 
 _SPARSE_ATTENTION = (
