@@ -7,6 +7,7 @@ the interface between them, $CHECKPOINT and $PROMPT for what the user has.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def emit(plan: ParallelPlan, topology: Topology, config: Glm5Config, engine: str
     write: dict[str, Callable[..., Command]] = {
         "vllm": _vllm,
         "sglang": _sglang,
-        "vllm-ascend": _vllm_ascend,
+        "vllm-ascend": functools.partial(_vllm_ascend, config),
         TORCHRUN: _torchrun,
     }
     commands = []
@@ -203,7 +204,26 @@ def _vllm(plan: ParallelPlan, role: Role, place: Place, replica: int, topology: 
     return Command(place.node, role.name, replica, (*arguments, *_vllm_limits(plan, topology)), environment)
 
 
-def _vllm_ascend(plan: ParallelPlan, role: Role, place: Place, replica: int, topology: Topology) -> Command:
+HCCL_DEFAULT = 200
+"""Megabytes of a communicator's buffer where HCCL_BUFFSIZE is not set."""
+
+
+def hccl_buffer(layout: Layout, rows: int, config: Glm5Config) -> int:
+    """Megabytes that Ascend's fused dispatch and combine want of each communicator; smaller ones end in errors of memory access.
+
+    2 * (rows * ranks * min(experts of a rank, top k) * hidden size * 2 bytes + 2 MiB), the vendor's formula.
+
+    Args:
+        layout: of the role; its expert groups are the ranks.
+        rows: tokens of a step in one attention group.
+        config: of the model.
+    """
+    experts = -(-(config.n_routed_experts + layout.redundant_experts) // layout.expert)
+    sent = rows * layout.expert * min(experts, config.num_experts_per_tok) * config.hidden_size * 2
+    return max(HCCL_DEFAULT, -(-2 * (sent + 2 * 2**20) // 2**20))
+
+
+def _vllm_ascend(config: Glm5Config, plan: ParallelPlan, role: Role, place: Place, replica: int, topology: Topology) -> Command:
     layout = role.layout
     if layout.context > 1:  # its tensor group shares the prompts
         layout = Layout(**{**_plain(layout), "tensor": layout.context, "context": 1})
@@ -211,6 +231,9 @@ def _vllm_ascend(plan: ParallelPlan, role: Role, place: Place, replica: int, top
     environment = {"HCCL_OP_EXPANSION_MODE": "AIV"} | _network(
         place.nodes, "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"
     )
+    if layout.expert > 1 and {ALL_TO_ALL, HIERARCHICAL} & {layout.exchange, layout.prefill_exchange}:
+        rows = plan.max_sequences * (1 + layout.drafts)
+        environment["HCCL_BUFFSIZE"] = str(hccl_buffer(layout, rows, config))
     extra: dict[str, Any] = {}
     if role.layout.context > 1:
         extra["enable_dsa_cp"] = True
