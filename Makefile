@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+BACKEND ?= cuda
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -124,8 +125,8 @@ test-kt-kernel: env .venv-kt-kernel/.ready ## kt-kernel judges exported INT4 exp
 	  || { echo "NOT RUN: kt-kernel has wheels for Linux on x86-64 with glibc 2.35 or newer"; exit 1; }
 	@touch $@
 
-device-check: ## for a machine with a GPU: parity, promises and speed on it, into evidence/; installs nothing (PYTHON=python3)
-	@$(PYTHON) -m glm5_port.testing.device_check
+device-check: ## for a machine with a GPU or NPU: parity, promises and speed on it, into evidence/; installs nothing (PYTHON=python3, BACKEND=cuda)
+	@$(PYTHON) -m glm5_port.testing.device_check --backend $(BACKEND)
 
 bench: env ## time every operator at GLM-5 widths (refuses where parity is red)
 	@$(BIN)/glm5-port bench
