@@ -122,7 +122,7 @@ DOCUMENTED = {
             "query dtype | key dtype | value dtype | query_rope dtype | key_rope dtype | "
             "query, key, query_rope, key_rope, atten_mask contiguous | query dims | key dims | latent width | "
             "rope width | heads | num_key_value_heads | atten_mask | sparse_mode | input_layout | softmax_lse_flag | "
-            "page size | block_size | block_table dtype | lengths"
+            "page size | block_size | block_table dtype | block_table shape | lengths"
         ),
     ),
     "npu_moe_gating_top_k": (

@@ -299,6 +299,7 @@ SPECIAL: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "npu_fused_infer_attention_score heads": lambda a: {"num_heads": 48},
     "npu_fused_infer_attention_score atten_mask": lambda a: {"atten_mask": a["atten_mask"][:64]},
     "npu_fused_infer_attention_score block_size": lambda a: {"block_size": 16},
+    "npu_fused_infer_attention_score block_table shape": lambda a: {"block_table": a["block_table"][:, :1]},
     "npu_fused_infer_attention_score lengths": lambda a: {"actual_seq_lengths": [*a["actual_seq_lengths"], 0]},
     "npu_moe_gating_top_k k_group": lambda a: {"k_group": 99},
     "npu_moe_gating_top_k k": lambda a: {"k": 9999},

@@ -18,6 +18,7 @@ from glm5_port.backends.npu.contracts.kinds import HALF, HEAD_COUNTS, NO_LIMIT
 from glm5_port.backends.npu.machine import machine
 from glm5_port.backends.npu.paging import PAGES, Packed, pack
 from glm5_port.backends.npu.rules import Needs, Rule, aclnn, call, dtype_among
+from glm5_port.backends.torch.mla import mla_attention_absorbed_eager
 from glm5_port.operators.cache import locate_tokens
 from glm5_port.operators.mla import mla_attention_absorbed
 from glm5_port.operators.sparse_attention import check_attention, check_indices, sparse_mla_attention
@@ -167,7 +168,9 @@ def mla_attention_absorbed_aclnn(
     scale: float,
     cache_format: str,
 ) -> Tensor:
-    """Waits for the device once a call: the vendor takes lengths as Python lists. Used where attention is dense (no indexer)."""
+    """Waits for the device once a call: the vendor takes lengths as Python lists. Used where attention is dense (no indexer).
+
+    The vendor reads whole sequences, so a block table that ends before one, which no model here makes, is computed portably."""
     check_attention(query_latent, query_rope, latent_cache, block_table, query_starts, lengths)
     if query_latent.numel() == 0:
         return torch.empty_like(query_latent)
@@ -175,6 +178,10 @@ def mla_attention_absorbed_aclnn(
     latent, rope_key = (field.contiguous().unsqueeze(1) for field in latent_cache)  # [pages, 1, page_size, W]
     packed = pack(block_table, query_starts, lengths, tokens, latent_cache[0])
     query_ends, key_lengths = torch.stack((packed.query_ends, packed.key_lengths)).tolist()
+    if max(key_lengths) > block_table.shape[1] * latent_cache[0].shape[1]:
+        return mla_attention_absorbed_eager(
+            query_latent, query_rope, latent_cache, block_table, query_starts, lengths, scale=scale, cache_format=cache_format
+        )
     out_THC, _ = call(
         FUSED_INFER_ATTENTION,
         query_latent.contiguous(),

@@ -102,6 +102,7 @@ def lightning_indexer_aclnn(
     top_k: int,
     cache_format: str,
 ) -> Tensor:
+    """The block table covers every cached token, as it does in every batch of the model: the vendor reads whole sequences."""
     check_top_k("lightning_indexer", top_k)
     tokens = index_query.shape[0]
     if tokens == 0:

@@ -295,6 +295,14 @@ FUSED_INFER_ATTENTION = VendorOperator(
         Rule("block_size", "block_size, the rows of a page", lambda key, block_size, **_: block_size == key.shape[2]),
         of_dtype("block_table", torch.int32),
         Rule(
+            "block_table shape",
+            "a block_table with a row for each length, wide enough for the longest",
+            lambda block_table, block_size, actual_seq_lengths_kv, **_: (
+                block_table.shape[0] == len(actual_seq_lengths_kv)
+                and max(actual_seq_lengths_kv) <= block_table.shape[1] * block_size
+            ),
+        ),
+        Rule(
             "lengths",
             "as many lengths of queries as of keys, 4096 at most, those of queries cumulative",
             lambda actual_seq_lengths, actual_seq_lengths_kv, **_: (
