@@ -39,8 +39,10 @@ LARGE_SIZES = (256 * 2**10, 64 * 2**20)
 PATIENCE = timedelta(seconds=120)
 """After this long without an answer from another rank the group stops with an error."""
 PURPOSE = "probe"
-BATCHES = 5
+LEAST_BATCHES, MOST_BATCHES = 3, 50
 """Medians are over so many batches of calls."""
+LEAST_BATCH = 1e-3
+"""Seconds, long beside a clock and the time by which ranks leave a barrier apart."""
 LEAST_LATENCY = 1e-7
 
 
@@ -137,14 +139,14 @@ def fit_level(ranks: int, sizes: tuple[int, int], seconds: dict[str, tuple[float
 
 
 def composition(inside: Links, between: Links, size: int, seconds: float) -> str:
-    """How an all-gather of `size` bytes among all ranks goes, by what it took: level by level, or in one ring."""
+    """How an all-reduce of `size` bytes among all ranks goes, by what it took: level by level, or in one ring."""
     ranks, machines = inside.ranks, between.ranks
-    rate, trunk = inside.bandwidth["all_gather"], between.bandwidth["all_gather"]
+    rate, trunk = inside.bandwidth["all_reduce"], between.bandwidth["all_reduce"]
     by_level = inside.latency + (ranks - 1) / ranks * size / rate
     by_level += between.latency + (machines - 1) / machines * size / ranks / trunk
     world = ranks * machines
     ring = max(inside.latency, between.latency) + (world - 1) / world * size / min(rate, trunk * ranks)
-    return ONE_RING if abs(seconds - ring) < abs(seconds - by_level) else BY_LEVEL
+    return ONE_RING if abs(seconds - 2 * ring) < abs(seconds - 2 * by_level) else BY_LEVEL
 
 
 # --- the process group -------------------------------------------------------------------------------------------------------
@@ -238,12 +240,16 @@ class Group:
             torch.accelerator.synchronize()
 
     def time(self, call: Callable[[], Any], budget: float) -> float:
-        """Seconds of a call: the median of batches, on the slowest rank, after one call that nobody counts."""
+        """Seconds of a call: the median of batches, on the slowest rank, after one call that nobody counts.
+
+        A batch is one call, or as many as take `LEAST_BATCH`: calls that follow each other meet what others left in sockets.
+        """
         call()
         self.wait()
         (once,) = self.slowest([self._batch(call, 1)])
-        calls = max(1, int(budget / BATCHES / max(once, 1e-6)))
-        return statistics.median(self.slowest([self._batch(call, calls) for _ in range(BATCHES)]))
+        calls = max(1, int(LEAST_BATCH / max(once, 1e-6)))
+        batches = min(max(int(budget / max(once * calls, 1e-6)), LEAST_BATCHES), MOST_BATCHES)
+        return statistics.median(self.slowest([self._batch(call, calls) for _ in range(batches)]))
 
     def _batch(self, call: Callable[[], Any], calls: int) -> float:
         dist.barrier()
@@ -398,9 +404,9 @@ def measure(group: Group, sizes: tuple[int, int], budget: float, note: Callable[
     composed = BY_LEVEL
     if len(links) == 2:
         everybody = group.subgroup(lambda _: tuple(range(group.world)))
-        seconds = group.time(collective_call("all_gather", everybody, sizes[1], group.device), budget)
+        seconds = group.time(collective_call("all_reduce", everybody, sizes[1], group.device), budget)
         composed = composition(links[0], links[1], sizes[1], seconds)
-        note("all levels: all_gather")
+        note("all levels: all_reduce")
     return Measured(
         backend=group.chip.name,
         library=group.chip.collective,

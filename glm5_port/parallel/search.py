@@ -83,7 +83,8 @@ class Question:
 
     def prices(self, topology: Topology) -> Prices:
         """Of steps on the topology of the question, with links of any speed."""
-        return Prices(self.config, topology, self.kinds, self.work, self.known.setdefault(("work",), {}))
+        continuous = any(engine.continuous for engine in self.engines)
+        return Prices(self.config, topology, self.kinds, self.work, self.known.setdefault(("work",), {}), continuous=continuous)
 
     def memory(self, layout: Layout, role: str) -> DeviceMemory:
         """Memory of the fullest device of a role."""
@@ -328,7 +329,7 @@ class PrefillOption(NamedTuple):
 def prefill_option(question: Question, prices: Prices, role: Role) -> PrefillOption:
     """What a prefill role delivers."""
     layout = role.layout
-    latency, occupied = prompt_times(prices.prefill(layout, layout.data), layout, prices.calls)
+    latency, occupied = prompt_times(prices, layout, prices.prefill(layout, layout.data))
     return PrefillOption(role, question.memory(layout, PREFILL), latency, role.replicas * layout.data / occupied)
 
 

@@ -57,6 +57,7 @@ class Level:
         efficiency: collective -> share of the bandwidth that it reaches.
         by_group: group size -> bytes a second that were measured as bus bandwidth; counts instead of bandwidth and shape.
         exchanges: forms of the exchange of experts that libraries offer over these links.
+        nic_shared_by: devices that share a NIC; `bandwidth` is what one has when all of them send.
         quantised_exchange: whether tokens can be sent to experts in 8 bits over these links.
         source, confidence: of latency and bandwidth.
     """
@@ -72,6 +73,7 @@ class Level:
     by_group: Mapping[int, float] = field(default_factory=dict)
     exchanges: tuple[str, ...] = EXCHANGES
     quantised_exchange: bool = True
+    nic_shared_by: int = 1
 
     def rate(self, group: int, collective: str) -> float:
         """Bytes a second of one device in one direction, for a collective among `group` devices (or units of the level below)."""
@@ -198,6 +200,7 @@ def _level(part: Description) -> tuple[Description, Level]:
         by_group=by_group,
         exchanges=part.choices("exchanges", EXCHANGES) if part.has("exchanges") else EXCHANGES,
         quantised_exchange=not part.has("quantised_exchange") or part.choice("quantised_exchange", ("yes", "no")) == "yes",
+        nic_shared_by=shared,
     )
     part.finish()
     return part, level

@@ -62,6 +62,20 @@ def test_a_pair_on_a_mesh_has_one_link() -> None:
     assert send(A2, 1, 28e6).seconds == pytest.approx(15e-6 + 1e-3 / 0.9)
 
 
+def test_stages_hand_off_over_the_links_between_them() -> None:
+    """Stages of four ranks on nodes of eight: the second of three hand-offs leaves the node, and half of a NIC's devices send."""
+    shared = replace(H200.levels[1], nic_shared_by=8)
+    topology = replace(H200, levels=(H200.levels[0], shared))
+    size = 16 * 6144 * 2 / 4
+    inside, between = 10e-6 + size / (450e9 * 0.9), 20e-6 + size / (50e9 * 0.9 * 2)
+    assert cost("pipeline hand-off", Layout(pipeline=4, tensor=4, expert=4), topology=topology).seconds == pytest.approx(
+        2 * inside + between
+    )
+    assert cost("pipeline hand-off", Layout(pipeline=2, tensor=8, expert=8), topology=topology).seconds == pytest.approx(
+        20e-6 + size / 2 / (50e9 * 0.9)
+    )
+
+
 # -- exchange of experts -----------------------------------------------------------------------------------------------
 
 

@@ -83,8 +83,8 @@ def test_a_level_has_one_latency_and_large_messages_stay_exact() -> None:
 
 def test_collectives_over_both_levels_are_told_apart() -> None:
     inside, between = links("node", 4, 0.0), links("cluster", 2, 0.0, 0.05)
-    by_level = 3 / 4 * SIZES[1] / 5e8 + 1 / 2 * SIZES[1] / 4 / (5e8 * 0.05)
-    ring = 7 / 8 * SIZES[1] / (5e8 * 0.05 * 4)
+    by_level = 2 * (3 / 4 * SIZES[1] / 4e8 + 1 / 2 * SIZES[1] / 4 / (4e8 * 0.05))
+    ring = 2 * 7 / 8 * SIZES[1] / (4e8 * 0.05 * 4)
     assert composition(inside, between, SIZES[1], by_level) == BY_LEVEL
     assert composition(inside, between, SIZES[1], ring) == ONE_RING
 

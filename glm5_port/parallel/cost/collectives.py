@@ -24,11 +24,20 @@ HIDDEN_BYTES = 2.0
 """Of an element of a hidden state between ranks."""
 
 
-def send(topology: Topology, stride: int, size: float) -> Cost:
-    """Point to point between ranks that are `stride` apart: a + S / b on the innermost level that holds both."""
-    level = next(level for level in topology.levels if level.devices == 0 or stride < level.devices)
+def send(topology: Topology, stride: int, size: float, *, first: int = 0, senders: int | None = None) -> Cost:
+    """Point to point from rank `first` to the rank `stride` further: a + S / b on the innermost level that holds both.
+
+    Args:
+        topology: the links.
+        stride, size: S, bytes.
+        first: the rank that sends.
+        senders: ranks of a machine that send at the same time; fewer than share a NIC have more of it. None: all.
+    """
+    places = ((level, level.devices) for level in topology.levels)
+    level = next(level for level, unit in places if unit == 0 or first // unit == (first + stride) // unit)
+    share = 1.0 if senders is None else level.nic_shared_by / min(level.nic_shared_by, senders)
     # A pair: on a mesh it has one link.
-    return Cost(level.latency + size / level.rate(2, "send"), link_bytes=size)
+    return Cost(level.latency + size / (level.rate(2, "send") * share), link_bytes=size)
 
 
 def all_gather(topology: Topology, factors: tuple[int, ...], size: float, collective: str = "all_gather") -> Cost:
@@ -146,14 +155,15 @@ def decode_context_exchange(step: Step) -> Cost:
 
 @term("pipeline hand-off", COMMUNICATION)
 def pipeline_hand_off(step: Step) -> Cost:
-    """pipeline - 1 times T h 2 / tensor bytes to the next stage, once a pass and not a layer: 12 KB a token in all.
+    """pipeline - 1 times T h 2 / tensor bytes over links to the next stage, once a pass and not a layer: 12 KB a token in all.
 
     Source: vLLM sends slices and gathers them inside the node; spec, detour 16.
     """
     layout = step.layout
     if layout.pipeline == 1 or step.size.layers == 1:
         return NOTHING
-    one = send(step.topology, layout.stage_ranks, _hidden(step) / layout.tensor)
+    ranks, size = layout.stage_ranks, _hidden(step) / layout.tensor
+    found = [send(step.topology, ranks, size, first=stage * ranks, senders=ranks) for stage in range(layout.pipeline - 1)]
+    together = Cost(sum(each.seconds for each in found), link_bytes=sum(each.link_bytes for each in found))
     # Chunks of a prompt follow each other, so all but the last hand-off hide behind the next chunk.
-    times = layout.pipeline - 1
-    return one * (times if step.phase != PREFILL else times + min(step.calls - 1, times))
+    return together * (1 + (min(step.calls - 1, len(found)) / len(found) if step.phase == PREFILL else 0))

@@ -133,6 +133,8 @@ class Prices:
         weights, kv_format: how the model is stored.
         work: the requests.
         known: work that links do not change, remembered for prices on links of other speeds.
+        continuous: whether requests come and go, and stages work on different micro-batches at the same time; else a batch runs
+            from its beginning to its end: prompts together, as many as fit a chunk, and stages one after the other.
     """
 
     def __init__(
@@ -142,10 +144,13 @@ class Prices:
         kinds: tuple[str, str],
         work: Workload,
         known: dict[Hashable, dict[str, Cost]] | None = None,
+        *,
+        continuous: bool = True,
     ) -> None:
         self.config, self.topology, self.work = config, topology, work
         self.weights, self.kv_format = kinds
         self._work = {} if known is None else known
+        self._continuous = continuous
         self._known: dict[tuple[Layout, str, int, int], Breakdown] = {}
 
     @property
@@ -153,22 +158,31 @@ class Prices:
         """Chunks of a prompt."""
         return -(-self.work.input_tokens // self.work.chunk)
 
-    def prefill(self, layout: Layout, groups: int) -> Breakdown:
-        """A whole prompt of one attention group, while `groups` groups compute theirs: all layers, one after the other."""
-        key = (_prefill_layout(layout), PREFILL, 1, groups)
+    def stages(self, layout: Layout) -> int:
+        """Stages that work at the same time."""
+        return layout.pipeline if self._continuous else 1
+
+    def together(self, sequences: int) -> int:
+        """Prompts of an attention group that are computed at once."""
+        return 1 if self._continuous else max(1, min(sequences, self.work.chunk // self.work.input_tokens))
+
+    def prefill(self, layout: Layout, groups: int, prompts: int = 1) -> Breakdown:
+        """Whole prompts of one attention group, while `groups` groups compute theirs: all layers, one after the other."""
+        key = (_prefill_layout(layout), PREFILL, prompts, groups)
         if key not in self._known:
             tokens = self.work.input_tokens
-            self._known[key] = one_pass(self._step(key[0], PREFILL, tokens, 1, tokens, groups, self.calls), self._work)
+            step = self._step(key[0], PREFILL, tokens * prompts, prompts, tokens, groups, self.calls)
+            self._known[key] = one_pass(step, self._work)
         return self._known[key]
 
     def decode(self, layout: Layout, sequences: int, groups: int) -> Breakdown:
         """A decode step of `sequences` sequences of each attention group, drafts included.
 
-        With stages, the sequences are as many micro-batches as there are stages, and each passes all layers while the others
-        are on other stages: a token takes all layers at sequences / pipeline.
+        With stages that overlap, the sequences are as many micro-batches as there are stages, and each passes all layers while
+        the others are on other stages: a token takes all layers at sequences / pipeline.
         """
         layout = layout.in_phase(DECODE)
-        batch = -(-sequences // layout.pipeline)
+        batch = -(-sequences // self.stages(layout))
         key = (layout, DECODE, batch, groups)
         if key not in self._known:
             context = self.work.input_tokens + self.work.output_tokens / 2
@@ -203,12 +217,12 @@ def _prefill_layout(layout: Layout) -> Layout:
     return replace(layout.in_phase(PREFILL), drafts=0)
 
 
-def prompt_times(prefill: Breakdown, layout: Layout, calls: int) -> tuple[float, float]:
+def prompt_times(prices: Prices, layout: Layout, prefill: Breakdown) -> tuple[float, float]:
     """(latency, occupation) of a prompt: chunks follow each other through the stages.
 
-    latency = whole (calls + pipeline - 1) / (calls pipeline); when prompts follow each other, one leaves every whole / pipeline.
+    latency = whole (calls + stages - 1) / (calls stages); when prompts follow each other, one leaves every whole / stages.
     """
-    stages = layout.pipeline
+    stages, calls = prices.stages(layout), prices.calls
     return prefill.seconds * (calls + stages - 1) / (calls * stages), prefill.seconds / stages
 
 
@@ -218,13 +232,15 @@ def serve_mixed(prices: Prices, layout: Layout, replicas: int, concurrency: int)
     per_replica = math.ceil(concurrency / replicas)
     groups = min(layout.data, per_replica)
     sequences = math.ceil(per_replica / layout.data)
-    prefill, decode = prices.prefill(layout, groups), prices.decode(layout, sequences, groups)
-    latency, occupied = prompt_times(prefill, layout, prices.calls)
+    together = prices.together(sequences)
+    prefill, decode = prices.prefill(layout, groups, together), prices.decode(layout, sequences, groups)
+    latency, occupied = prompt_times(prices, layout, prefill)
+    others = -(-sequences // together) - 1  # prompts, or batches of prompts, that a request waits for
     token = decode.seconds / accepted_tokens(prices.config, layout.drafts)
-    request = work.output_tokens * token + (sequences - 1) * occupied + latency
+    request = work.output_tokens * token + others * occupied + latency
     return Served(
         ttft=latency + decode.seconds,
-        tpot=token + (sequences - 1) * occupied / work.output_tokens,
+        tpot=token + others * occupied / work.output_tokens,
         output_rate=concurrency * work.output_tokens / request,
         concurrency=concurrency,
         prefill=prefill,
@@ -255,7 +271,7 @@ def serve_split(prices: Prices, layouts: tuple[Layout, Layout], replicas: tuple[
     """Separate roles: (prefill, decode) layouts and replicas."""
     first, second = layouts
     prefill = prices.prefill(first, first.data)
-    latency, occupied = prompt_times(prefill, first, prices.calls)
+    latency, occupied = prompt_times(prices, first, prefill)
     per_replica = math.ceil(concurrency / replicas[1])
     decode = prices.decode(second, math.ceil(per_replica / second.data), min(second.data, per_replica))
     token = decode.seconds / accepted_tokens(prices.config, second.drafts)

@@ -1,0 +1,1 @@
+"""Parallel plans on emulated links."""
