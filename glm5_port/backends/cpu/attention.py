@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cpu.extension import MATRIX, kernels, native, threads
+from glm5_port.backends.cpu.extension import MATRIX, dense_rows, kernels, native, threads
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import LATENT, cache_layout
 from glm5_port.operators.linear import linear_per_head
@@ -28,12 +28,6 @@ ISAS = tuple(isa for isa in MATRIX if isa != "amx")
 def _not_supported(*, cache_format: str, **_: Any) -> list[str]:
     formats = ("plain", *ROW_FORMATS)
     return [] if cache_format in formats else [f"reads caches of format {', '.join(formats)}, not {cache_format}"]
-
-
-def _dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype` with the numbers of each row side by side; copied only where they are not."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _queries(x_THW: Tensor) -> tuple[int, int, int]:
@@ -62,18 +56,27 @@ def _readable(latent_cache: list[Tensor], cache_format: str, widths: tuple[int, 
     dtype = latent_cache[0].dtype
     if cache_format not in ROW_FORMATS:
         dtype = torch.bfloat16 if {field.dtype for field in latent_cache} == {torch.bfloat16} else torch.float32
-    return [_dense_rows(field, dtype) for field in latent_cache]
+    return [dense_rows(field, dtype) for field in latent_cache]
 
 
-def _cache(fields: list[Tensor], cache_format: str, widths: tuple[int, int]) -> tuple[Any, ...]:
-    """`LatentCache` of the extension."""
-    number = ROW_FORMATS.get(cache_format, PLAIN_FORMATS.get(fields[0].dtype))
-    return number, _field(fields[0]), _field(fields[-1]), *fields[0].shape[:2], *widths
+class _Paged:
+    """Cache and batch of a call: `LatentCache` and `Batch` of the extension, and the tensors that these point into."""
 
-
-def _batch(table: Tensor, starts: Tensor, lengths: Tensor) -> tuple[int, ...]:
-    """`Batch` of the extension."""
-    return starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), *table.shape, table.stride(0)
+    def __init__(
+        self,
+        latent_cache: list[Tensor],
+        cache_format: str,
+        widths: tuple[int, int],
+        block_table: Tensor,
+        query_starts: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        fields = _readable(latent_cache, cache_format, widths)
+        table, starts, ends = (dense_rows(x, torch.int32) for x in (block_table, query_starts, lengths))
+        self.kept = (*fields, table, starts, ends)
+        number = ROW_FORMATS.get(cache_format, PLAIN_FORMATS.get(fields[0].dtype))
+        self.cache = number, _field(fields[0]), _field(fields[-1]), *fields[0].shape[:2], *widths
+        self.batch = starts.data_ptr(), ends.data_ptr(), table.data_ptr(), *table.shape, table.stride(0)
 
 
 def _attend(
@@ -90,10 +93,9 @@ def _attend(
 ) -> Tensor:
     check_attention(query, query_rope, latent_cache, block_table, query_starts, lengths)
     widths = query.shape[2], query_rope.shape[2]
-    query_THC, rope_THR = (_dense_rows(x, query.dtype) for x in (query, query_rope))
-    fields = _readable(latent_cache, cache_format, widths)
-    table, starts, counts = (_dense_rows(x, torch.int32) for x in (block_table, query_starts, lengths))
-    chosen = None if indices is None else _dense_rows(indices, torch.int32)
+    query_THC, rope_THR = (dense_rows(x, query.dtype) for x in (query, query_rope))
+    paged = _Paged(latent_cache, cache_format, widths, block_table, query_starts, lengths)
+    chosen = None if indices is None else dense_rows(indices, torch.int32)
     selection = (0, -1, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[1], chosen.stride(0))
     out = torch.empty(query.shape, dtype=query.dtype)
     kernels().attend(
@@ -102,8 +104,8 @@ def _attend(
         *query.shape[:2],
         _queries(query_THC),
         _queries(rope_THR),
-        _cache(fields, cache_format, widths),
-        _batch(table, starts, counts),
+        paged.cache,
+        paged.batch,
         *selection,
         scale,
         out.data_ptr(),
@@ -169,10 +171,9 @@ def mla_attention_expanded_native(isa: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         check_attention(query_nope, query_rope, latent_cache, block_table, query_starts, lengths)
         widths = w_uk.shape[2], query_rope.shape[2]
-        query_THN, rope_THR = (_dense_rows(x, query_nope.dtype) for x in (query_nope, query_rope))
+        query_THN, rope_THR = (dense_rows(x, query_nope.dtype) for x in (query_nope, query_rope))
         key_HNC, value_HVC = (weight.to(query_nope.dtype).contiguous() for weight in (w_uk, w_uv))
-        fields = _readable(latent_cache, cache_format, widths)
-        table, starts, counts = (_dense_rows(x, torch.int32) for x in (block_table, query_starts, lengths))
+        paged = _Paged(latent_cache, cache_format, widths, block_table, query_starts, lengths)
         out = torch.empty((*query_nope.shape[:2], w_uv.shape[1]), dtype=query_nope.dtype)
         kernels().attend_expanded(
             isa,
@@ -180,8 +181,8 @@ def mla_attention_expanded_native(isa: int) -> Callable[..., Tensor]:
             *query_nope.shape[:2],
             _queries(query_THN),
             _queries(rope_THR),
-            _cache(fields, cache_format, widths),
-            _batch(table, starts, counts),
+            paged.cache,
+            paged.batch,
             key_HNC.data_ptr(),
             value_HVC.data_ptr(),
             w_uk.shape[1],
@@ -197,7 +198,7 @@ def mla_attention_expanded_native(isa: int) -> Callable[..., Tensor]:
 
 def _multiply_heads(isa: int, x_THK: Tensor, weight_HNK: Tensor) -> Tensor:
     """[T, H, N]: the rows of each head by that head's matrix."""
-    rows, weight = _dense_rows(x_THK, x_THK.dtype), _dense_rows(weight_HNK, x_THK.dtype)
+    rows, weight = dense_rows(x_THK, x_THK.dtype), dense_rows(weight_HNK, x_THK.dtype)
     y_THN = torch.empty((*rows.shape[:2], weight.shape[1]), dtype=rows.dtype)
     kernels().multiply_heads(
         isa,
@@ -231,7 +232,7 @@ class DenseHeads:
 
     def add(self, part: int | None, tensors: Mapping[str, Tensor]) -> None:
         """Takes the weight; `part` is None."""
-        self._weight = _dense_rows(tensors["weight"], tensors["weight"].dtype)
+        self._weight = dense_rows(tensors["weight"], tensors["weight"].dtype)
 
     def finish(self) -> dict[str, Tensor | int]:
         """The keyword argument of the kernel."""

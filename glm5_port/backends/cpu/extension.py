@@ -154,7 +154,12 @@ def _reasons(isa: str, own: Callable[..., list[str]] | None) -> Callable[..., li
     return not_supported
 
 
+def dense_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x` in `dtype` with the numbers of each row side by side; copied only where they are not."""
+    x = x if dtype is None else x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
 def rows_of(x: Tensor, *, width: int | None = None) -> Tensor:
     """`x` as [rows, width] whose rows are dense; copied only if the rows themselves are strided."""
-    rows = x.reshape(-1, x.shape[-1] if width is None else width)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return dense_rows(x.reshape(-1, x.shape[-1] if width is None else width))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cpu.extension import DTYPES, kernels, native, threads
+from glm5_port.backends.cpu.extension import DTYPES, dense_rows, kernels, native, threads
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import INDEX, cache_layout
 from glm5_port.operators.indexer import check_top_k, indexer_scores, lightning_indexer, select_top_k
@@ -28,11 +28,6 @@ def _scores_not_supported(*, cache_format: str, **_: Any) -> list[str]:
 def _pairs_not_supported(*, dtype: torch.dtype, **facts: Any) -> list[str]:
     own = [] if dtype == torch.bfloat16 else ["multiplies bfloat16 queries; float32 ones are for avx512"]
     return own + _scores_not_supported(**facts)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """`x` with dense rows."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _int32(x: Tensor) -> Tensor:
@@ -75,9 +70,9 @@ class _Call:
         _check_shapes(index_query, head_weights, keys, block_table, query_starts, lengths)
         if cache_format == "plain" and keys.dtype not in DTYPES:
             keys = keys.float()
-        query, keys = _dense(index_query.detach()), _dense(keys.detach())
-        weights = _dense(head_weights.detach().to(torch.float32))
-        table, starts, ends = _dense(block_table.to(torch.int32)), _int32(query_starts), _int32(lengths)
+        query, keys = dense_rows(index_query.detach()), dense_rows(keys.detach())
+        weights = dense_rows(head_weights.detach(), torch.float32)
+        table, starts, ends = dense_rows(block_table, torch.int32), _int32(query_starts), _int32(lengths)
         scale = scales[0] if scales else None
         self.tokens, heads, head_dim = query.shape
         self.positions = table.shape[1] * keys.shape[1]
@@ -142,7 +137,7 @@ for _isas, _reasons in ((("scalar", "avx2", "avx512"), _scores_not_supported), (
 def select_top_k_native(isa: int) -> Callable[..., Tensor]:
     def run(scores: Tensor, *, top_k: int) -> Tensor:
         check_top_k("select_top_k", top_k)
-        rows = _dense(scores.detach())
+        rows = dense_rows(scores.detach())
         indices_Tk = torch.empty((rows.shape[0], top_k), dtype=torch.int32)
         kernels().select_top_k(
             isa,
