@@ -1,18 +1,17 @@
 """How contests are run: same inputs, alternating calls, medians, cold weights, limits measured in between, errors beside times.
 
 A contest is one piece of work (an operator, shapes, a number of tokens) and its contenders. Rounds go through all contenders in
-turn, so that whatever else the machine does hits them alike; a round in which other processes took processor time does not count.
-Weights come in copies that together exceed the last-level cache several times, and each call takes the next copy: a call finds
-its own weights in memory, as in a model with many layers. Short calls are timed in a row, as layer follows layer, after one that
-is not timed: the first after something else also waits for its code, for the interpreter's and for the other threads. Before each
-contender there is a pause, since threads of the one before spin on for a while. The limit of a contest is the larger of
-bytes / bandwidth and operations / peak, both measured by read-only and register-only loops of the extension between the rounds;
-shares are ratios inside one run.
+turn, so that whatever else the machine does hits them alike; a round before or after which the processors were not all there
+(other processes, or the host of a virtual machine) does not count. Weights come in copies that together exceed the last-level
+cache several times, and each call takes the next copy: a call finds its own weights in memory, as in a model with many layers.
+Short calls are timed in a row, as layer follows layer, after one that is not timed: the first after something else also waits for
+its code, for the interpreter's and for the other threads. Before each contender there is a pause, since threads of the one before
+spin on for a while. The limit of a contest is the larger of bytes / bandwidth and operations / peak, both measured by read-only
+and register-only loops of the extension between the rounds; shares are ratios inside one run.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,10 +31,10 @@ PEAK_SECONDS = 0.02
 BURST_SECONDS = 0.01
 """That calls timed in a row take together."""
 PAUSE_SECONDS = 0.1
-MOST_DISTURBANCE = 0.03
-"""Share of a processor that others may take in a round that counts."""
+STEADY = 0.9
+"""Share of the best peak so far that the loop must reach before and after a round that counts."""
 PATIENCE = 4
-"""Times the budget of a contest until rounds count in which others took more; the result says how many did."""
+"""Times the budget of a contest until unsteady rounds count too; the result says how many did."""
 KINDS = {"float32": 0, "bf16": 1, "int8": 2}
 
 
@@ -74,7 +73,7 @@ class Result:
         floor_milliseconds: the limit, from the medians of bandwidth and peak in the same rounds.
         bound: "memory" or "products": which of the two is the limit.
         error: relative Frobenius error against the gold; None where it was not asked for.
-        disturbed: rounds that count although other processes ran.
+        disturbed: unsteady rounds that count.
     """
 
     operator: str
@@ -112,6 +111,7 @@ class Limits:
             raise SystemExit("the native kernels are not built here: there is nothing to measure")
         self._isa = ISAS.index(isa)
         self._memory = zeros(READ_BYTES // 4, dtype=torch.int32).fill_(1)  # written, or it would be one page of zeros
+        self._best: dict[str, float] = {}
         self._repeats = {kind: self._calibrated(number) for kind, number in KINDS.items()}
 
     def _calibrated(self, kind: int) -> int:
@@ -138,35 +138,18 @@ class Limits:
             times.append(time.perf_counter() - started)
         return self._memory.nbytes / min(times)
 
-    def peak(self, kind: str) -> float:
-        """Operations per second of products in registers; of the nearest wider kind where the machine has no such product."""
-        number = next(KINDS[known] for known in (kind, "float32") if self._repeats[known])
-        repeats = self._repeats[kind] or self._repeats["float32"]
-        return max(operations / seconds for operations, seconds in (self._time(number, repeats) for _ in range(3)))
-
-
-class Others:
-    """What other processes, and the hypervisor's other machines, take of the processors."""
-
-    TICKS = os.sysconf("SC_CLK_TCK")
-
-    def __init__(self) -> None:
-        self._last = self._now()
-
-    def _now(self) -> tuple[float, float]:
-        with open("/proc/stat") as lines:
-            user, nice, system, _idle, _wait, interrupt, soft, steal = map(int, next(lines).split()[1:9])
-        busy = (user + nice + system + interrupt + soft + steal) / self.TICKS
-        return time.perf_counter(), busy - time.process_time()
-
-    def share(self) -> float:
-        """Seconds of processor time a second since the last question."""
-        before, self._last = self._last, self._now()
-        return (self._last[1] - before[1]) / (self._last[0] - before[0])
+    def peak(self, kind: str) -> tuple[float, bool]:
+        """Operations per second of products in registers (of float32 where the machine has no such product), the best of three,
+        and whether the processors were all there: all three near the best of this run so far."""
+        known = kind if self._repeats[kind] else "float32"
+        runs = [self._time(KINDS[known], self._repeats[known]) for _ in range(3)]
+        rates = [operations / seconds for operations, seconds in runs]
+        self._best[known] = max(self._best.get(known, 0.0), *rates)
+        return max(rates), min(rates) >= STEADY * self._best[known]
 
 
 def run(contest: Contest, limits: Limits, *, rounds: int, budget: float) -> Iterator[Result]:
-    """Runs a contest: at least three rounds, then until `rounds` or `budget` seconds are reached; rounds that others disturb are
+    """Runs a contest: at least three rounds, then until `rounds` or `budget` seconds are reached; unsteady rounds are
     tried again, for PATIENCE budgets at most."""
     gold = contest.gold() if contest.gold is not None else None
     errors: dict[str, float | None] = {}
@@ -181,10 +164,9 @@ def run(contest: Contest, limits: Limits, *, rounds: int, budget: float) -> Iter
     times: dict[str, list[float]] = {name: [] for name in contest.contenders}
     bandwidth: list[float] = []
     peak: list[float] = []
-    others, begun, done, disturbed = Others(), time.perf_counter(), 0, 0
+    begun, done, disturbed = time.perf_counter(), 0, 0
     while done < rounds and (done < 3 or time.perf_counter() < begun + budget):
-        others.share()
-        round_limits = limits.peak(contest.kind), limits.bandwidth()
+        (best, before), read = limits.peak(contest.kind), limits.bandwidth()
         round_times: dict[str, float] = {}
         for name, call in contest.contenders.items():
             time.sleep(PAUSE_SECONDS)
@@ -193,13 +175,13 @@ def run(contest: Contest, limits: Limits, *, rounds: int, budget: float) -> Iter
             for number in range(bursts[name]):
                 call((done + number) % contest.copies)
             round_times[name] = (time.perf_counter() - started) / bursts[name]
-        if others.share() > MOST_DISTURBANCE:
+        if not (before and limits.peak(contest.kind)[1]):
             if time.perf_counter() < begun + PATIENCE * budget:
                 continue
             disturbed += 1
         done += 1
-        peak.append(round_limits[0])
-        bandwidth.append(round_limits[1])
+        peak.append(best)
+        bandwidth.append(read)
         for name, seconds in round_times.items():
             times[name].append(seconds)
     by_memory = contest.bytes / statistics.median(bandwidth)

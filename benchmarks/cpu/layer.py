@@ -89,7 +89,7 @@ def _hugging_face(tokens: int, context: int) -> Callable[[int], Tensor]:
     def run(copy: int) -> Tensor:
         with torch.inference_mode():
             result = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            cache.crop(context)  # the next call finds what this one found
+            cache.crop(-tokens)  # the next call finds what this one found
             return result
 
     return run
