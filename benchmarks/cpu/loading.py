@@ -15,6 +15,7 @@ import time
 import torch
 
 from benchmarks.layer_memory import reset_peak, resident
+from glm5_port.memory import zeros
 from glm5_port.operators import expert_mlp_int4
 
 WIDTH, BETWEEN, TOP_K, GROUP = 6144, 2048, 8, 32
@@ -22,13 +23,13 @@ EXPERT_BYTES = 3 * WIDTH * BETWEEN * 4 // 8 + 3 * WIDTH * BETWEEN // GROUP * 2
 
 
 def expert(seed: int) -> dict[str, torch.Tensor]:
-    """Random codes and scales of one expert: every page is written."""
+    """Random codes and scales of one expert, in memory such as a checkpoint is read into: every page is written."""
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for name, outputs, width in (("gate_up", 2 * BETWEEN, WIDTH), ("down", WIDTH, BETWEEN)):
         shape = outputs, width // 8
-        parts[f"{name}_packed"] = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=generator)
-        parts[f"{name}_scales"] = torch.rand(outputs, width // GROUP, generator=generator).bfloat16()
+        parts[f"{name}_packed"] = zeros(*shape, dtype=torch.int32).random_(generator=generator)
+        parts[f"{name}_scales"] = zeros(outputs, width // GROUP, dtype=torch.bfloat16).uniform_(generator=generator)
     return parts
 
 

@@ -25,7 +25,7 @@ def _measured(experts: int) -> dict[str, float]:
 
 
 def test_some_experts_take_their_bits_and_no_second_copy() -> None:
-    """Of twelve experts, three more may be on the way or held by malloc: the random numbers that one is made of are among them."""
+    """Beside twelve experts there may be one on the way, and what malloc holds."""
     report = _measured(12)
     assert report["weight_bytes"] == report["floor_bytes"]
     assert report["floor_bytes"] <= report["loaded_bytes"] <= report["peak_bytes"] <= 1.25 * report["floor_bytes"]
