@@ -80,11 +80,10 @@ def generate(
     }
     stream = TextStream(text) if text is not None else None
     arguments = {"max_new_tokens": max_new_tokens, "sampling": sampling, "draft_tokens": draft_tokens}
-    if plan is None:
-        model = load_with_progress(checkpoint, **options)
-        _continue(model, tokens, arguments, text, stream, decisions=decisions, as_json=as_json)
-        return
-    with planned(plan, checkpoint, tokens, options, arguments, role=role, timeout=timeout):
+    if plan is None and role is not None:
+        raise InputError("--role belongs to --plan, which was not given")
+    alone = nullcontext() if plan is None else planned(plan, checkpoint, tokens, options, arguments, role=role, timeout=timeout)
+    with alone:
         model = load_with_progress(checkpoint, **options)
         _continue(model, tokens, arguments, text, stream, decisions=decisions, as_json=as_json)
 

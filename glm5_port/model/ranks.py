@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm5_port.config import Glm5Config
+from glm5_port.errors import InputError
 from glm5_port.model.cache import Batch, PagedCache
 from glm5_port.selection import check_ranks_agree
 
@@ -178,7 +179,5 @@ class Ranks:
 
 def _loaded(part: Any) -> Any:
     if part is None:
-        from glm5_port.errors import InputError
-
         raise InputError("this model has no weights yet: build it with glm5_port.load(path)")
     return part

@@ -12,6 +12,7 @@ here. Inside `record()` every call is written down, for comparison with the cost
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ class Sent:
 
 
 _records: list[list[Sent]] = []
+
+
+def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """How long a collective of the group waits for other ranks."""
+    vars(dist.distributed_c10d)["_set_pg_timeout"](datetime.timedelta(seconds=seconds), group)  # no public door in torch 2.10
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ class PlanRanks(Ranks):
         node_devices: ranks of a machine.
         device: of this rank.
         loads: layer -> tokens of each expert, from which copies are placed; None: all alike.
+        timeout: seconds that a collective may take; None: torch's default.
 
     Attributes:
         layout: as given.
@@ -67,6 +68,7 @@ class PlanRanks(Ranks):
         node_devices: int,
         device: torch.device,
         loads: Mapping[int, Sequence[float]] | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.layout, self.config, self.device = layout, config, device
         self.rank = dist.get_rank()
@@ -83,7 +85,11 @@ class PlanRanks(Ranks):
         stage = init_device_mesh(device.type, (layout.pipeline, layout.stage_ranks), mesh_dim_names=("pipeline", "stage"))
         self.tensor, self.context, self.pipeline = (mesh.get_group(name) for name in ("tensor", "context", "pipeline"))
         self.stage, self.world = stage.get_group("stage"), cast(dist.ProcessGroup, dist.group.WORLD)
-        self.groups = " ".join(g.group_name for g in (self.stage, inside.get_group("in_node"), inside.get_group("node")))
+        exchange = (self.stage, inside.get_group("in_node"), inside.get_group("node"))
+        self.groups = " ".join(group.group_name for group in exchange)
+        if timeout is not None:  # groups do not take it over from the one that they are made of
+            for group in (self.tensor, self.context, self.pipeline, *exchange):
+                collectives.set_timeout(group, timeout)
         loads = loads or {}
         self.placements = {
             layer: place(config.n_routed_experts, layout.expert, layout.redundant_experts, loads.get(layer))

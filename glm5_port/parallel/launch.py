@@ -129,7 +129,7 @@ def start(
     )
     try:
         agree({"plan": plan.as_dict(), "role": role, "config": asdict(config), "versions": versions(), "expert loads": loads})
-        yield PlanRanks(chosen.layout, config, node_devices=plan.node_devices, device=device, loads=loads)
+        yield PlanRanks(chosen.layout, config, node_devices=plan.node_devices, device=device, loads=loads, timeout=timeout)
     except RankLostError as error:
         raise RankLostError(f"rank {rank} of {world}: {error}\n  {_reason(store)}") from error
     except Exception as error:

@@ -49,8 +49,8 @@ FOUR = {
     "DP2 CP2 EP4 hierarchical": Layout(data=2, context=2, expert=4, exchange=HIERARCHICAL),
     "CP2 TP2 EP4 gather": Layout(context=2, tensor=2, expert=4, exchange=GATHER),
 }
-PROMPTS = [prompt(length) for length in (13, 1, 6, 9, 30)]
-NEW_TOKENS = 5
+PROMPTS = [prompt(length) for length in (13, 1, 6, 30)]
+NEW_TOKENS = 4
 
 
 @functools.cache

@@ -63,17 +63,12 @@ def torchrun(ranks: int, *arguments: str, **more: str) -> subprocess.CompletedPr
     [
         Layout(tensor=2, expert=2),
         pytest.param(Layout(data=2, expert=2, exchange="deduplicated", drafts=2), marks=pytest.mark.slow),
-        pytest.param(Layout(tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_a_plan_generates_what_one_process_does(checkpoint: Path, tmp_path: Path, layout: Layout) -> None:
     plan = save_plan(tmp_path, layout)
     done = torchrun(2, str(checkpoint), "--plan", str(plan), "--dtype", "float32", "--json")
-    if layout.expert * layout.expert_tensor != layout.stage_ranks:
-        assert done.returncode != 0
-        assert done.stderr.count("expert x expert_tensor = 1 x 1, but a stage has tensor x context x data = 2 x 1 x 1") == 2
-        return
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     alone = [sys.executable, "-m", "glm5_port", "generate", str(checkpoint), "--backend", "cpu", "--ids", IDS, "--json"]
@@ -82,14 +77,6 @@ def test_a_plan_generates_what_one_process_does(checkpoint: Path, tmp_path: Path
     assert told["new_ids"] == expected["new_ids"]
     assert told["plan"]["ranks"] == 2 and told["plan"]["layout"] == str(layout)
     assert expected["plan"] is None
-
-
-def test_another_number_of_processes_is_refused_on_every_rank_before_weights(checkpoint: Path, tmp_path: Path) -> None:
-    plan = save_plan(tmp_path, Layout(data=4, expert=4, exchange="all_gather"))
-    done = torchrun(2, str(checkpoint), "--plan", str(plan))
-    assert done.returncode != 0
-    assert done.stderr.count("this plan is for 4 ranks, and 2 were started") == 2
-    assert "reading tensors" not in done.stderr and not done.stdout
 
 
 def test_without_torchrun_and_with_two_roles_it_says_how() -> None:
@@ -134,6 +121,15 @@ def ranks_by_hand(count: int, arguments: list[list[str]], tmp_path: Path, **more
     return found
 
 
+def test_another_number_of_processes_is_refused_on_every_rank_before_weights(checkpoint: Path, tmp_path: Path) -> None:
+    plan = save_plan(tmp_path, Layout(data=4, expert=4, exchange="all_gather"))
+    command = [RUN, "generate", str(checkpoint), "--plan", str(plan), "--backend", "cpu", "--ids", IDS]
+    for code, text, _ in ranks_by_hand(2, [command, command], tmp_path):
+        assert code == 2
+        assert text.startswith("this plan is for 4 ranks, and 2 were started\n  mixed: 1 x DP4, EP4, all_gather\n  Start 4 ranks")
+        assert "reading tensors" not in text
+
+
 RUN = "import sys; from glm5_port.cli.app import main; main(sys.argv[1:])"
 DIES = """
 import os, sys
@@ -156,7 +152,7 @@ main(sys.argv[1:])
     [
         ("os._exit(9)", "No rank left a message: it was killed, or it hangs"),
         ("raise ValueError('out of memory')", "rank 1 stopped: ValueError: out of memory"),
-        ("__import__('time').sleep(60)", "No rank left a message: it was killed, or it hangs"),
+        ("__import__('time').sleep(30)", "No rank left a message: it was killed, or it hangs"),
     ],
     ids=["killed", "raises", "hangs"],
 )

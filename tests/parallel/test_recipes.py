@@ -144,8 +144,8 @@ def test_torchrun_starts_this_library_on_each_machine() -> None:
     asked = question("atlas-800-a2", 2)
     first, second = emit(plan(), asked.topology, asked.config, "torchrun")
     assert first.text() == (
-        "GLOO_SOCKET_IFNAME=$NIC HCCL_SOCKET_IFNAME=$NIC torchrun --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr $NODE0 "
-        "--master-port 29501 -m glm5_port generate $CHECKPOINT --plan $PLAN --backend npu --prompt $PROMPT"
+        "GLOO_SOCKET_IFNAME=$NIC HCCL_SOCKET_IFNAME=$NIC torchrun --nproc-per-node 8 --nnodes 2 --node-rank 0 "
+        "--master-addr $NODE0 --master-port 29501 -m glm5_port generate $CHECKPOINT --plan $PLAN --backend npu --prompt $PROMPT"
     )
     assert "--node-rank 1 --master-addr $NODE0" in second.text()
     with pytest.raises(PlanError, match="torchrun loads bf16, int4 on npu, not w4a8"):
