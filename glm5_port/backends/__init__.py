@@ -36,6 +36,7 @@ IMPLEMENTATIONS = (
     "npu.quantised",
     "cuda.rope",
     "cuda.attention",
+    "cuda.expanded",
     "cuda.indexer",
     "cuda.norm",
     "cuda.cache",
