@@ -227,6 +227,12 @@ def _check_levels(levels: Sequence[tuple[Description, Level]]) -> None:
             )
         if place and not last and level.devices <= levels[place - 1][1].devices:
             part.refuse("devices", f"level {level.name!r} holds no more than the level inside it")
+        below = levels[place - 1][1].devices if place else 1
+        if below % level.nic_shared_by:
+            part.refuse(
+                "nic_shared_by",
+                f"level {level.name!r}: {level.nic_shared_by} devices share a NIC, but units of the level inside hold {below}",
+            )
         if level.shape == MESH and level.devices == 0:
             part.refuse("shape", f"level {level.name!r}: a mesh has a number of devices")
 

@@ -153,6 +153,18 @@ def test_a_chip_file_is_read_strictly_and_names_the_line(tmp_path: Path, old: st
         ("all_reduce: 0.82", "all_reduce: 1.82", "all_reduce: 1.82", "no share above 0 and at most 1"),
         ("chip: h200", "chip: h2000", "", "is no chip known here; did you mean h200"),
         ("    source: ", "    by_group: {16: 5 GB/s}\n    source: ", "by_group", "by_group has a group of 16"),
+        (
+            "bandwidth: 50 GB/s",
+            "bandwidth: 50 GB/s\n    nic_shared_by: 3",
+            "nic_shared_by",
+            "3 devices share a NIC, but units of .* 8",
+        ),
+        (
+            "chip: h200",
+            "chip: h200\ncollectives: tree",
+            "collectives: tree",
+            "collectives = 'tree'; known are by_level, one_ring",
+        ),
     ],
 )
 def test_a_topology_is_read_strictly_and_names_the_line(tmp_path: Path, old: str, new: str, at: str, message: str) -> None:
