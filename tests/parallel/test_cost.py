@@ -247,3 +247,16 @@ def test_a_slower_link_never_makes_a_plan_faster(layout, hardware: str, level: i
     assert slower.tpot >= here.tpot * (1 - 1e-12)
     assert slower.output_rate <= here.output_rate * (1 + 1e-12)
     assert math.isfinite(slower.ttft)
+
+
+def test_a_batch_that_runs_to_its_end_computes_prompts_together_and_stages_in_turn() -> None:
+    """This library's way: two steps of four prompts instead of eight prompts one by one, and no stage works beside another."""
+    work, layout = Workload(1024, 64, 4096), Layout(pipeline=2, tensor=4, expert=4)
+    batch = Prices(GLM_5, H200, ("fp8", "fp8"), work, continuous=False)
+    serving = Prices(GLM_5, H200, ("fp8", "fp8"), work)
+    prefill, decode = batch.prefill(layout, 1, 4).seconds, batch.decode(layout, 8, 1).seconds
+    assert serve_mixed(batch, layout, 1, 8).output_rate == pytest.approx(8 * 64 / (64 * decode + 2 * prefill))
+    one, half = serving.prefill(layout, 1).seconds, serving.decode(layout, 8, 1).seconds
+    assert serve_mixed(serving, layout, 1, 8).output_rate == pytest.approx(8 * 64 / (64 * half + one + 7 * one / 2))
+    assert prefill < 4 * one  # weights are read once, not four times
+    assert decode > half  # all eight sequences, not four
