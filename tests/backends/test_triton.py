@@ -23,7 +23,7 @@ from tests.fake_devices import fake_devices
 
 FAST_TARGET = 90
 SPILLED = 256
-"""Bytes of stack that a thread may take: 64 of its numbers. The attention over quantised rows takes up to 216, all others none or
+"""Bytes of stack that a thread may take: 64 of its numbers. The attention over quantised rows takes up to 168, all others none or
 a few."""
 
 
