@@ -20,6 +20,10 @@ from glm5_port.testing.cases import Case, load_suites
 from tests.npu_runtime.bodies import BODIES
 
 
+OURS = {("lightning_indexer/aclnn_int8", "dtype")}
+"""Rules of the backend and not of the vendor's: the query becomes int8 before this call, whatever it was."""
+
+
 def kept_out_alone() -> Iterator[tuple[str, str, Case, torch.dtype]]:
     """For each rule on facts the first parity case that it alone keeps out."""
     seen = set()
@@ -32,7 +36,7 @@ def kept_out_alone() -> Iterator[tuple[str, str, Case, torch.dtype]]:
                     continue  # without tokens nothing is called
                 facts = operator.facts_of(arguments) | {"device_type": "npu"}
                 broken = [rule.name for rule in table.rules if not rule.holds(**facts)]
-                if len(broken) == 1 and (needs, broken[0]) not in seen:
+                if len(broken) == 1 and (needs, broken[0]) not in seen | OURS:
                     seen.add((needs, broken[0]))
                     yield needs, broken[0], case, dtype
 

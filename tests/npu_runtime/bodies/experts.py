@@ -15,7 +15,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 65535
 
 
-@body("npu_moe_gating_top_k", kernels=("aclnnMoeGatingTopK", "aclnnMoeGatingTopKV2"))
+@body("npu_moe_gating_top_k", kernels=("aclnnMoeGatingTopK", "aclnnMoeGatingTopKV2"), chips=("A2", "A3"))
 def moe_gating_top_k(a: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     require(a.x.dim() == 2 and a.x.dtype in FLOATING, "x of two dimensions, floating")
     tokens, experts = a.x.shape

@@ -50,7 +50,7 @@ def quantised_rows(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
     return torch.where((scale > 0)[..., None], codes, undefined(x.shape, torch.int8).float()).to(torch.int8), scale
 
 
-@body("npu_dynamic_quant", kernels=("aclnnDynamicQuant", "aclnnDynamicQuantV2", "aclnnDynamicQuantV4"))
+@body("npu_dynamic_quant", kernels=("aclnnDynamicQuant", "aclnnDynamicQuantV2", "aclnnDynamicQuantV4"), chips=("A2", "A3"))
 def dynamic_quant(a: Any) -> tuple[Tensor, Tensor]:
     require(a.input.dtype in NARROW, "input of 16 bits")
     require(a.input.dim() >= 2 and a.input.numel() > 0, "two dimensions or more, not empty")
@@ -104,6 +104,7 @@ def trans_quant_param(a: Any) -> Tensor:
 @body(
     "npu_quant_matmul",
     kernels=("aclnnQuantMatmulV3", "aclnnQuantMatmulV4", "aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz"),
+    chips=("A2", "A3"),
 )
 def quant_matmul(a: Any) -> Tensor:
     require(a.x1.dtype == a.x2.dtype and a.x1.dtype in (torch.int8, torch.int32), "x1 and x2 of int8, or both packed")
@@ -157,7 +158,7 @@ def _by_input(values: Tensor | None, group: int, inputs: int) -> Tensor | None:
     return None if values is None else values.repeat_interleave(group, dim=0)[:inputs]
 
 
-@body("npu_dequant_swiglu_quant", kernels=("aclnnDequantSwigluQuant", "aclnnDequantSwigluQuantV2"))
+@body("npu_dequant_swiglu_quant", kernels=("aclnnDequantSwigluQuant", "aclnnDequantSwigluQuantV2"), chips=("A2", "A3"))
 def dequant_swiglu_quant(a: Any) -> tuple[Tensor, Tensor]:
     tokens, half = a.x.shape[0], a.x.shape[1] // 2
     require(a.x.dim() == 2 and a.x.dtype in (torch.int32, *NARROW), "x of two dimensions")

@@ -53,7 +53,7 @@ def swapped(x: Tensor, mode: str) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-@body("npu_rotary_mul", kernels=("aclnnRotaryPositionEmbedding", "aclnnRotaryPositionEmbeddingV2"))
+@body("npu_rotary_mul", kernels=("aclnnRotaryPositionEmbedding", "aclnnRotaryPositionEmbeddingV2"), chips=("A2", "A3"))
 def rotary_mul(a: Any) -> Tensor:
     require(a.rotary_mode in ("half", "interleave"), "rotary_mode half or interleave")
     require(a.rotate is None, "no body with a rotation matrix")
@@ -79,7 +79,7 @@ def half_layout(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return first_then_second * cos.float() + swapped(first_then_second, "half") * sin.float()
 
 
-@body("npu_transpose_batchmatmul", kernels=("aclnnTransposeBatchMatMul", "aclnnTransposeBatchMatMulWeightNZ"))
+@body("npu_transpose_batchmatmul", kernels=("aclnnTransposeBatchMatMul", "aclnnTransposeBatchMatMulWeightNZ"), chips=("A2", "A3"))
 def transpose_batchmatmul(a: Any) -> Tensor:
     require(a.bias is None and a.scale is None, "no body with bias or scale")
     require(a.input.dtype == a.weight.dtype and a.input.dtype in FLOATING, "one floating dtype")
@@ -97,14 +97,14 @@ def transpose_batchmatmul(a: Any) -> Tensor:
     return product.to(a.input.dtype)
 
 
-@body("npu_scatter_nd_update", kernels=("aclnnScatterNdUpdate",))
+@body("npu_scatter_nd_update", kernels=("aclnnScatterNdUpdate",), chips=("A2", "A3"))
 def scatter_nd_update(a: Any) -> Tensor:
     a.input = a.input.clone()
     scatter_nd_update_(a)
     return a.input
 
 
-@body("npu_scatter_nd_update_", kernels=("aclnnScatterNdUpdate",))
+@body("npu_scatter_nd_update_", kernels=("aclnnScatterNdUpdate",), chips=("A2", "A3"))
 def scatter_nd_update_(a: Any) -> None:
     depth = a.indices.shape[-1]
     require(a.indices.dim() >= 2 and depth <= a.input.dim(), "indices of two dimensions or more, no longer than input has")

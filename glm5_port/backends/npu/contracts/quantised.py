@@ -81,7 +81,7 @@ DYNAMIC_QUANT = VendorOperator(
 )
 QUANT_MATMUL = VendorOperator(
     "npu_quant_matmul",
-    ("aclnnQuantMatmulV5",),
+    ("aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz"),
     ("x1", "x2", "scale"),
     A2_A3,
     explicit=("pertoken_scale", "output_dtype"),  # int8 is what comes out by default
