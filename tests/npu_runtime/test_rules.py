@@ -19,7 +19,6 @@ from glm5_port.testing.calls import flat
 from glm5_port.testing.cases import Case, load_suites
 from tests.npu_runtime.bodies import BODIES
 
-
 OURS = {("lightning_indexer/aclnn_int8", "dtype")}
 """Rules of the backend and not of the vendor's: the query becomes int8 before this call, whatever it was."""
 
