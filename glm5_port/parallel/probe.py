@@ -44,6 +44,8 @@ LEAST_BATCHES, MOST_BATCHES = 3, 50
 LEAST_BATCH = 1e-3
 """Seconds, long beside a clock and the time by which ranks leave a barrier apart."""
 LEAST_LATENCY = 1e-7
+LEAST_TRANSFER = 0.1
+"""Share of a measurement that is never taken for latency."""
 
 
 class Fit(NamedTuple):
@@ -119,22 +121,27 @@ def form(collective: str, ranks: int) -> tuple[int, float]:
 
 
 def fit(collective: str, ranks: int, sizes: tuple[int, int], seconds: tuple[float, float]) -> Fit:
-    """The line through both measurements; no latency where the small message is as slow a byte as the large one."""
+    """The line through both measurements; no latency where the small message is as slow a byte as the large one, and where the
+    large one was the faster (another process stood in the way of the small one) not all of its time."""
     rounds, share = form(collective, ranks)
     (small, large), (first, second) = sizes, seconds
     latency = max((first * large - second * small) / (rounds * (large - small)), 0.0)
-    return Fit(latency, share * large / (second - rounds * latency))
+    return Fit(latency, share * large / transfer(second, rounds * latency))
+
+
+def transfer(seconds: float, latency: float) -> float:
+    """The part of a measurement that grows with its bytes: all but the latency, `LEAST_TRANSFER` of it at the least."""
+    return max(seconds - latency, LEAST_TRANSFER * seconds)
 
 
 def fit_level(ranks: int, sizes: tuple[int, int], seconds: dict[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:
     """(latency of a level, bandwidth of each collective): one latency for all, then what the large messages leave."""
-    fits = {name: fit(name, ranks, sizes, both) for name, both in seconds.items()}
-    latency = max(statistics.median(each.latency for each in fits.values()), LEAST_LATENCY)
+    fits = [fit(name, ranks, sizes, both) for name, both in seconds.items()]
+    latency = max(statistics.median(each.latency for each in fits), LEAST_LATENCY)
     bandwidth = {}
     for name, (_, second) in seconds.items():
         rounds, share = form(name, ranks)
-        left = second - rounds * latency
-        bandwidth[name] = share * sizes[1] / left if left > 0 else fits[name].bandwidth
+        bandwidth[name] = share * sizes[1] / transfer(second, rounds * latency)
     return latency, bandwidth
 
 
@@ -336,7 +343,7 @@ def measure_groups(
         own = group.subgroup(partial(neighbours, ranks))
         seconds = group.time(collective_call("all_reduce", own, sizes[1], group.device), budget)
         rounds, share = form("all_reduce", ranks)
-        found[ranks] = share * sizes[1] / max(seconds - rounds * latency, seconds / 10)
+        found[ranks] = share * sizes[1] / transfer(seconds, rounds * latency)
         note(f"node: all_reduce of {ranks} ranks")
     return found
 

@@ -227,9 +227,7 @@ def _gradients(function: Callable[..., Any], arguments: Mapping[str, Any]) -> di
     }
     with torch.enable_grad():
         result = function(**mine)
-        outputs = [
-            t for t in (result if isinstance(result, (list, tuple)) else [result]) if t.is_floating_point() and t.requires_grad
-        ]
+        outputs = [t for t in flat(result) if t.is_floating_point() and t.requires_grad]
         if not outputs:
             return {}
         weighting = (torch.arange(t.numel(), dtype=torch.float64).add(1).sin().reshape(t.shape).to(t) for t in outputs)

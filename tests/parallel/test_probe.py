@@ -74,6 +74,14 @@ def test_a_small_message_that_is_no_slower_a_byte_has_no_latency() -> None:
     assert (latency, bandwidth) == (0, 4000 / 8e-3)
 
 
+def test_a_large_message_that_was_faster_than_the_small_one_leaves_a_bandwidth() -> None:
+    latency, bandwidth = fit("all_reduce", 2, (1000, 4000), (8e-3, 2e-3))
+    assert latency > 0
+    assert bandwidth == pytest.approx(4000 / (0.1 * 2e-3))
+    _, bandwidths = fit_level(2, (1000, 4000), {"all_reduce": (8e-3, 2e-3), "send": (1e-3, 2e-3)})
+    assert min(bandwidths.values()) > 0
+
+
 def test_a_level_has_one_latency_and_large_messages_stay_exact() -> None:
     seconds = {"all_gather": (2e-3, 20e-3), "all_to_all": (4e-3, 40e-3), "send": (1e-3, 30e-3)}
     latency, bandwidth = fit_level(4, SIZES, seconds)
