@@ -231,7 +231,7 @@ def _gradients(function: Callable[..., Any], arguments: Mapping[str, Any]) -> di
         if not outputs:
             return {}
         weighting = (torch.arange(t.numel(), dtype=torch.float64).add(1).sin().reshape(t.shape).to(t) for t in outputs)
-        sum((t * w).sum() for t, w in zip(outputs, weighting, strict=True)).backward()
+        torch.stack([(t * w).sum().double() for t, w in zip(outputs, weighting, strict=True)]).sum().backward()
     return {n: v.grad.cpu() for n, v in mine.items() if isinstance(v, Tensor) and v.grad is not None}
 
 
