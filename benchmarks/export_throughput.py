@@ -4,8 +4,8 @@
     python benchmarks/export_throughput.py --gigabytes 4 --workers 1 2
 
 Writes a synthetic checkpoint of random bf16 weights and exports it in a process of its own for each number of workers. Figures
-include everything an export does: reading, quantising, error statistics, sha256 of source and output, fsync. The source has just
-been written, so most of it is read from the page cache: on disks slower than the figure, the disk decides.
+include everything an export does: reading, quantising, error statistics, sha256 of source and output, fsync. The source is read
+once before each run, so that it lies in the page cache: on disks slower than the figure, the disk decides.
 
 The floor is sha256 of every byte that is read and of every byte that is written, at the rate measured in the same process before
 and after the export; the share is floor / processor time.
@@ -28,6 +28,7 @@ import torch
 
 from glm5_port.config import Glm5Config, released
 from glm5_port.model.tensors import FLOAT32, expected_tensors
+from glm5_port.quant.files import hash_file
 
 EXPERT_PARAMETERS = 3 * 6144 * 2048
 GLM5_ROUTED = 75 * 256 * EXPERT_PARAMETERS
@@ -108,6 +109,8 @@ def main() -> None:
         for workers in arguments.workers:
             shutil.rmtree(destination, ignore_errors=True)
             os.sync()  # what was written before must not be written back on this export's time
+            for file in source.iterdir():
+                hash_file(file)
             found = measure(source, destination, workers)
             rate = found["quantized"] / found["seconds"]
             per_second = found["quantized"] / found["processor"]
