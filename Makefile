@@ -22,7 +22,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-interpreter test-sanitize test-npu test-llama-cpp test-kt-kernel lint bench device-check docs clean
+.PHONY: help env demo test test-all test-interpreter test-interpreter-slow test-sanitize test-npu test-llama-cpp test-kt-kernel lint bench device-check docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -62,6 +62,7 @@ test: lint ## format, lint, types and the fast tests
 	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
 	@echo "  native kernels under sanitizers: make test-sanitize"
 	@echo "  npu backend under the vendor's torch_npu: make test-npu"
+	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow (make test-all leaves it out too)"
 	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
@@ -69,8 +70,11 @@ test: lint ## format, lint, types and the fast tests
 test-interpreter: env ## the CUDA kernels on the CPU by Triton's interpreter, in a process of its own; no GPU runs
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  echo "== pytest, CUDA kernels by Triton's interpreter (no GPU), $(JOBS) processes"; \
-	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q $(INTERPRETER_TESTS); \
+	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q; \
 	else echo "== NOT TESTED: CUDA kernels by the interpreter (triton has no build for this machine)"; fi
+
+test-interpreter-slow: env ## the same in float32, float16 and with large tiles, and broken kernels, which it must notice
+	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q -m slow
 
 test-sanitize: env ## the native kernels' own tests, under address and undefined-behaviour sanitizers
 	@command -v $${CXX:-c++} >/dev/null || { echo "== NOT TESTED: sanitizers (no C++ compiler)"; exit 0; }; \
