@@ -18,7 +18,7 @@ from glm5_port.registry import Implementation
 from glm5_port.testing import parity
 from glm5_port.testing.calls import prepared_arguments
 from glm5_port.testing.cases import WIDTH, load_suites
-from tests.backends.triton_compile import SHARED_MEMORY, TARGETS, Compiled, compile_launch, distinct, launches_of
+from tests.backends.triton_compile import SHARED_MEMORY, TARGETS, TENSOR_MEMORY, Compiled, compile_launch, distinct, launches_of
 from tests.fake_devices import fake_devices
 
 FAST_TARGET = 90
@@ -42,7 +42,7 @@ def check_compiles(implementation: Implementation, target: int, dtypes: tuple[to
     ]
     assert launches, f"no case at GLM-5 widths launches anything in {dtypes}"
     made = [compile_launch(launch, target) for launch in distinct(launches)]
-    too_large = [str(c) for c in made if c.stack > SPILLED or c.shared > SHARED_MEMORY[target]]
+    too_large = [str(c) for c in made if c.stack > SPILLED or c.shared > SHARED_MEMORY[target] or c.tensor > TENSOR_MEMORY]
     assert not too_large, "\n".join(too_large)
     return made
 

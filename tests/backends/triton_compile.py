@@ -24,6 +24,8 @@ from glm5_port.testing.cases import Case
 TARGETS = (80, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes that one block may take on each target."""
+TENSOR_MEMORY = 512
+"""Columns of a multiprocessor of 10.0. Triton 3.6 compiles a kernel that needs more to nothing, without an error."""
 ALIGNMENT = 16
 POINTERS = {
     torch.float32: "*fp32",
@@ -45,9 +47,11 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    tensor: int
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.registers} registers, {self.stack} bytes spilled, {self.shared} bytes of shared memory"
+        memory = f"{self.shared} bytes of shared memory, {self.tensor} columns of tensor memory"
+        return f"{self.name}: {self.registers} registers, {self.stack} bytes spilled, {memory}"
 
 
 def launches_of(implementation: Implementation, case: Case, dtype: torch.dtype, target: int) -> list[Launch]:
@@ -106,7 +110,9 @@ def compile_launch(launch: Launch, target: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launch.options))
     registers, stack = _resources(made.asm["cubin"])
-    return Compiled(f"{launch.kernel.__name__} for sm_{target}", registers, stack, int(made.metadata.shared))
+    return Compiled(
+        f"{launch.kernel.__name__} for sm_{target}", registers, stack, int(made.metadata.shared), made.metadata.tmem_size or 0
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
