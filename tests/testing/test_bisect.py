@@ -127,6 +127,7 @@ def test_a_report_is_json(pairs: dict[str, Pair]) -> None:
 
 NOT_IN_A_MODEL = {
     "mla_prologue", "indexer_scores", "select_top_k",  # models bind the operators that contain them
+    "dispatch_tokens", "combine_tokens",  # only between ranks
     "int4_quantize", "int4_quantize_measured", "int4_dequantize",  # export and training call them
     "int8_matmul",  # no model computes with it yet
 }  # fmt: skip
