@@ -7,7 +7,7 @@ from typing import Any
 from glm5_port.config import released
 from glm5_port.parallel.cost.service import Workload
 from glm5_port.parallel.engines import find_engine, serving_engines
-from glm5_port.parallel.plan import Layout
+from glm5_port.parallel.plan import Layout, ParallelPlan, Role, even
 from glm5_port.parallel.planner import rank
 from glm5_port.parallel.search import Candidate, Dropped, Pins, Question
 from glm5_port.parallel.topology import find_hardware
@@ -44,3 +44,20 @@ def best(asked: Question) -> Candidate:
 def decoding(candidate: Candidate) -> Layout:
     """The layout that decodes."""
     return candidate.roles[-1].layout
+
+
+def two_a2_servers(max_sequences: int) -> tuple[Question, ParallelPlan]:
+    """Two servers of eight A2 cards that exchange hierarchically in decode, by gathering in prefill, in 8 bits."""
+    layout = Layout(data=16, expert=16, exchange="hierarchical", prefill_exchange="all_gather", exchange_bits=8)
+    plan = ParallelPlan(
+        model="GLM-5",
+        hardware="atlas-800-a2",
+        node_devices=8,
+        weights="w4a8",
+        kv_format="plain",
+        roles=(Role(name="mixed", layout=even(layout, 78)),),
+        max_context=5120,
+        max_sequences=max_sequences,
+        chunk=8192,
+    )
+    return question("atlas-800-a2", 2), plan

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from glm5_port.config import released
-from glm5_port.parallel.plan import Layout, ParallelPlan, Role, even
+from glm5_port.parallel.plan import Layout
 from glm5_port.parallel.recipes import emit, hccl_buffer
-from tests.parallel.test_recipes import question
+from tests.parallel.questions import two_a2_servers
 
 GLM5 = released("GLM-5")
 
@@ -23,18 +23,6 @@ def test_hccl_buffer(expert: int, rows: int, megabytes: int) -> None:
 
 
 def test_commands_tell_it() -> None:
-    asked = question("atlas-800-a2", 2)
-    layout = Layout(data=16, expert=16, exchange="hierarchical", prefill_exchange="all_gather", exchange_bits=8)
-    plan = ParallelPlan(
-        model="GLM-5",
-        hardware="atlas-800-a2",
-        node_devices=8,
-        weights="w4a8",
-        kv_format="plain",
-        roles=(Role(name="mixed", layout=even(layout, 78)),),
-        max_context=5120,
-        max_sequences=512,
-        chunk=8192,
-    )
+    asked, plan = two_a2_servers(max_sequences=512)
     for command in emit(plan, asked.topology, asked.config, "vllm-ascend"):
         assert command.environment["HCCL_BUFFSIZE"] == "1540"

@@ -13,7 +13,7 @@ from glm5_port.errors import PlanError
 from glm5_port.parallel.planner import ask
 from glm5_port.parallel.recipes import Command, emit
 from tests.parallel.freeze_engine_flags import VERSIONS
-from tests.parallel.questions import question
+from tests.parallel.questions import question, two_a2_servers
 
 FROZEN = json.loads((Path(__file__).parent / "engine_flags.json").read_text())
 ASKED = [
@@ -103,21 +103,7 @@ def test_two_910b_servers_on_roce_get_a_vllm_ascend_command() -> None:
 
 
 def test_hierarchical_exchange_asks_for_it() -> None:
-    from glm5_port.parallel.plan import Layout, ParallelPlan, Role, even
-
-    asked = question("atlas-800-a2", 2)
-    layout = Layout(data=16, expert=16, exchange="hierarchical", prefill_exchange="all_gather", exchange_bits=8)
-    plan = ParallelPlan(
-        model="GLM-5",
-        hardware="atlas-800-a2",
-        node_devices=8,
-        weights="w4a8",
-        kv_format="plain",
-        roles=(Role(name="mixed", layout=even(layout, 78)),),
-        max_context=5120,
-        max_sequences=2,
-        chunk=8192,
-    )
+    asked, plan = two_a2_servers(max_sequences=2)
     for command in emit(plan, asked.topology, asked.config, "vllm-ascend"):
         assert json.loads(options(command)["--additional-config"] or "")["enable_mc2_hierarchy_comm"] is True
     with pytest.raises(PlanError, match="no exchange that is hierarchical in decode and all_gather in prefill"):

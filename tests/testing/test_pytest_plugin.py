@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def test_items_are_few_and_complete():
     assert len({item.id for item in found}) == len(found)
     ours = [item for item in found if item.implementation.operator is rms_norm and item.backend == "cpu"]
     assert {(str(item.dtype), item.width) for item in ours} >= {("torch.float32", False), ("torch.bfloat16", True)}
-    assert len(found) < 1500
+    of_each = Counter((item.backend, item.implementation.operator.name, item.implementation.id) for item in found)
+    assert max(of_each.values()) <= 6  # three dtypes, at small widths and at GLM-5's: cases have no items of their own
+    assert sum(item.implementation.backend != "cpu" for item in found) < 300  # the CPU has kernels for each instruction set
 
 
 def test_matrix_is_whole_under_xdist(pytester, run):
