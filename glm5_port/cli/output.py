@@ -83,6 +83,7 @@ def progress(description: str, total: int) -> Iterator[Advance]:
                 ...
                 advance(note=tensor.name)
     """
+    sys.stdout.flush()  # what was said before stands before, where both go into one file
     console = Console(stderr=True, highlight=False)
     shown = _bar(console, description, total) if console.is_terminal else _lines(description, total)
     with shown as advance:
