@@ -152,7 +152,7 @@ def write_shards(
         progress: called after each planned tensor.
 
     Returns:
-        shard -> bytes, sha256, and for each tensor the sha256 of its pieces.
+        shard -> bytes, sha256, and for each tensor the digest of its pieces.
     """
     total, done = sum(len(shard.tensors) for shard in shards), 0
     records: dict[str, dict[str, Any]] = {}

@@ -179,8 +179,8 @@ def sync_directory(path: Path) -> None:
 
 
 def tensor_digest() -> xxhash.xxh3_128:
-    """The digest that tells written tensors from each other, XXH3 with 128 bits: twenty times as fast as sha256. It is no proof
-    against intent; whole files, and what was read, have sha256.
+    """The digest that tells tensors from each other, XXH3 with 128 bits: twenty times as fast as sha256. It is no proof against
+    intent; whole files have sha256.
     """
     import xxhash
 

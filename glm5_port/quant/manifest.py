@@ -1,5 +1,5 @@
-"""int4_manifest.json: what an export is, from what it was made, the sha256 of every file and source tensor, and the XXH3 digest
-of every tensor. It names no path, time or machine, so that the same export gives the same bytes everywhere.
+"""int4_manifest.json: what an export is, from what it was made, the sha256 of every file, and the XXH3 digest of every tensor and
+of what it was made from. It names no path, time or machine, so that the same export gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def manifest_text(
                     "xxh3_128": recorded["outputs"][output.name],
                     "from": tensor.name,
                     "action": tensor.action,
-                    "source_sha256": recorded["source"],
+                    "source_xxh3_128": recorded["source"],
                 }
     head = describe(plan) | {"source": dict(source), "files": dict(files)}
     lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]

@@ -9,7 +9,6 @@ masters and the stored scales.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from glm5_port.model.named_weights import NamedWeights
 from glm5_port.model.save import Progress, carried, config_text, new_directory, write_shards
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.model.tensors import PROJECTION, TensorSpec
-from glm5_port.quant.files import as_bytes
+from glm5_port.quant.files import as_bytes, tensor_digest
 from glm5_port.quant.finish import write_last_files
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE, CompressedTensors
 from glm5_port.quant.int4 import Int4Rule
@@ -81,11 +80,11 @@ def export_model(
     def pieces(tensor: PlannedTensor) -> Iterator[tuple[str, Tensor]]:
         if tensor.name not in state:
             value = weights.tensor(tensor.name)
-            sources[tensor.name] = _sha256(value)
+            sources[tensor.name] = _digest(value)
             yield tensor.name, value
             return
         master, (packed, scales) = weights.masters(tensor.name), (part.cpu() for part in state[tensor.name])
-        sources[tensor.name] = _sha256(master)
+        sources[tensor.name] = _digest(master)
         statistics[tensor.name] = asdict(measure(master.to(torch.bfloat16), packed, scales))
         yield tensor.name + PACKED, packed
         yield tensor.name + SCALE, scales
@@ -168,5 +167,7 @@ def _patterns(wanted: set[str], names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+def _digest(tensor: Tensor) -> str:
+    digest = tensor_digest()
+    digest.update(as_bytes(tensor))
+    return digest.hexdigest()

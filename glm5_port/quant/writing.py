@@ -4,7 +4,6 @@ bytes do not depend on who comes first; memory is that of a block of rows for ea
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -168,7 +167,7 @@ def spread(place: Place, done: int, data: memoryview) -> Iterator[tuple[memoryvi
 def _write_tensor(plan: Plan, tensor: PlannedTensor, reader: Reader, target: OpenShard) -> dict[str, Any]:
     """Writes what stands for one source tensor; hashes of it and of the source, and statistics if it was quantised."""
     outputs = {output.name: OpenPiece(target, output.name) for output in tensor.outputs}
-    source = hashlib.sha256()
+    source = tensor_digest()
     statistics: list[Statistics] = []
     for name, data in made(plan, tensor, reader, source.update, statistics):
         outputs[name].append(data)

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from glm5_port.errors import ExportError, InputError
 from glm5_port.model.block_fp8 import dequantize_rows
 from glm5_port.quant.export import export
+from glm5_port.quant.files import as_bytes
 from glm5_port.quant.int4 import Int4Rule, dequantize
 from glm5_port.quant.packing import unpack_int4
 from glm5_port.quant.plan import Options
@@ -71,7 +73,7 @@ def test_nothing_of_the_source_changes_and_its_other_files_are_copied(source: Pa
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"], weights["strategy"]) == (4, 32, True, "group")
 
 
-def test_index_and_manifest_tell_every_byte(exported: Path) -> None:
+def test_index_and_manifest_tell_every_byte(source: Path, exported: Path) -> None:
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     manifest = json.loads((exported / "int4_manifest.json").read_text())
     written = read_all(exported)
@@ -81,6 +83,10 @@ def test_index_and_manifest_tell_every_byte(exported: Path) -> None:
     assert all(
         manifest["files"][name]["sha256"] == digest for name, digest in digests(exported).items() if name in manifest["files"]
     )
+    read = read_all(source)
+    for name, entry in manifest["tensors"].items():
+        assert entry["xxh3_128"] == xxhash.xxh3_128_hexdigest(as_bytes(written[name])), name
+        assert entry["source_xxh3_128"] == xxhash.xxh3_128_hexdigest(as_bytes(read[entry["from"]])), name
     assert manifest["rule"]["name"] == "amax7"
     assert manifest["expert_matrices"] == {"trunk": 36, "mtp": 12}
     assert str(exported.parent) not in (exported / "int4_manifest.json").read_text()
@@ -198,6 +204,7 @@ def test_report_counts_what_is_there(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from glm5_port.quant.export import export
+from glm5_port.quant.files import as_bytes
 from glm5_port.quant.plan import Options
 from glm5_port.quant.transcode import is_int4, transcode
 peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
