@@ -117,7 +117,8 @@ def main() -> None:
                 f"workers {found['workers']}: {found['seconds']:.1f} s, {rate / 1e6:,.0f} M parameters/s, "
                 f"{per_second / 1e6:,.0f} M for each second of processor time; peak memory {found['peak'] / 2**20:,.0f} MiB, "
                 f"{found['before'] / 2**20:,.0f} MiB of it before it began; sha256 of what is written, at "
-                f"{found['rate'] / 1e9:.2f} GB/s, alone takes {found['floor']:.1f} s, {found['floor'] / found['processor']:.0%} of the processor time; "
+                f"{found['rate'] / 1e9:.2f} GB/s, alone takes {found['floor']:.1f} s, "
+                f"{found['floor'] / found['processor']:.0%} of the processor time; "
                 f"extrapolated to GLM-5's {GLM5_ROUTED / 1e9:.1f} G: {GLM5_ROUTED / rate / 60:,.0f} min"
             )
         if arguments.verify:
