@@ -22,7 +22,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-interpreter test-interpreter-slow test-sanitize test-npu test-llama-cpp test-kt-kernel lint bench device-check docs clean
+.PHONY: help env demo test test-all test-interpreter test-interpreter-slow test-sanitize test-npu test-triton-ascend test-llama-cpp test-kt-kernel lint bench device-check docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -62,6 +62,7 @@ test: lint ## format, lint, types and the fast tests
 	  | sed 's/^ */  slow tests: /' || echo "  slow tests: there are none yet"
 	@echo "  native kernels under sanitizers: make test-sanitize"
 	@echo "  npu backend under the vendor's torch_npu: make test-npu"
+	@echo "  Triton kernels lowered for an Ascend NPU: make test-triton-ascend (make test-all leaves it out too)"
 	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow (make test-all leaves it out too)"
 	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
@@ -97,6 +98,21 @@ test-npu: ## the npu backend under the vendor's own torch_npu, on a stand-in for
 	@echo "== making .venv-npu (some minutes: it has a torch of its own)"
 	@rm -rf .venv-npu; $(PYTHON) -m venv .venv-npu
 	@.venv-npu/bin/python -m pip --disable-pip-version-check --no-input --quiet install -c constraints.txt -r $<
+	@touch $@
+
+# triton-ascend owns the import name `triton`. Everything else its tests find in .venv, whose packages come after its own.
+TRITON_ASCEND_PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-triton-ascend/bin/python -m pytest
+
+test-triton-ascend: env ## the Triton kernels lowered to Linalg for an Ascend NPU by triton-ascend (no NPU and no CANN needed, none tested)
+	@$(MAKE) .venv-triton-ascend/.ready || { echo "== NOT TESTED: lowering for Ascend (triton-ascend cannot be installed here)"; exit 0; }; \
+	  echo "== Triton kernels lowered for Ascend910B2 (nothing runs)"; $(TRITON_ASCEND_PYTEST) tests/triton_ascend -q
+
+.venv-triton-ascend/.ready: tests/outside/triton_ascend_requirements.txt $(READY)
+	@echo "== making .venv-triton-ascend"
+	@rm -rf .venv-triton-ascend; $(PYTHON) -m venv .venv-triton-ascend
+	@.venv-triton-ascend/bin/python -m pip --disable-pip-version-check --no-input --quiet install -r $<
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-triton-ascend/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
 	@touch $@
 
 test-all: test test-sanitize test-npu ## also the slow tests, the sanitizers and the npu front end
@@ -139,5 +155,5 @@ docs: env ## regenerate docs/flags.md and the evidence table of the README
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove every environment and cache
-	rm -rf .venv .venv-npu .venv-llama-cpp .venv-kt-kernel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-npu .venv-triton-ascend .venv-llama-cpp .venv-kt-kernel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
