@@ -14,11 +14,16 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.parallel.links import Cluster, Wires
-from glm5_port.parallel.cost.collectives import all_gather, all_reduce, send
+import torch.distributed as dist
+
+from benchmarks.parallel.links import Cluster, Wires, bytes_sent
+from glm5_port.parallel.cost.collectives import all_gather, all_reduce, all_to_all, send
+from glm5_port.parallel.cost.terms import Cost
 from glm5_port.parallel.hardware import MEASURED
 from glm5_port.parallel.probe import Group, collective_call, neighbours
 from glm5_port.parallel.topology import COLLECTIVES, ONE_RING, SWITCH, Level, Topology, find_hardware
@@ -33,12 +38,23 @@ INSIDE, ACROSS, ALL = "inside", "across", "all"
 
 
 class Row(NamedTuple):
-    """One collective of one kind of group: seconds."""
+    """One collective of one kind of group.
+
+    Attributes:
+        group, collective: what ran.
+        predicted, measured: seconds.
+        charged_port, charged_trunk: bytes that the cost model says one rank, and one machine, sends.
+        sent_port, sent_trunk: bytes that the kernel counted there, frames with their headers; of those that sent most.
+    """
 
     group: str
     collective: str
     predicted: float
     measured: float
+    charged_port: float
+    charged_trunk: float
+    sent_port: float
+    sent_trunk: float
 
     @property
     def exchanges(self) -> bool:
@@ -66,27 +82,31 @@ def cases(wires: Wires) -> list[tuple[str, str]]:
     return [(kind, each) for kind in kinds for each in COLLECTIVES if (kind, each) != (ALL, "send")]
 
 
-def predict(wires: Wires, kind: str, collective: str) -> float:
-    """Seconds of a collective by the cost model; an all-to-all sends to every rank alike."""
-    topology, ranks, machines = topology_of(wires), wires.ranks, wires.machines
-    factors = {INSIDE: (ranks, 1), ACROSS: (1, machines), ALL: (ranks, machines)}[kind]
+def charge(topology: Topology, wires: Wires, kind: str, collective: str) -> Cost:
+    """What the cost model says of a collective; an all-to-all sends to every rank alike."""
+    factors = {INSIDE: (wires.ranks, 1), ACROSS: (1, wires.machines), ALL: (wires.ranks, wires.machines)}[kind]
     if collective == "send":
-        return send(topology, 1 if kind == INSIDE else ranks, SIZE).seconds
+        return send(topology, 1 if kind == INSIDE else wires.ranks, SIZE)
     if collective == "all_reduce":
-        return all_reduce(topology, factors, SIZE).seconds
-    if collective == "all_gather":
-        return all_gather(topology, factors, SIZE).seconds
-    world, slowest, unit = factors[0] * factors[1], 0.0, 1
-    for level, group in zip(topology.levels, factors, strict=True):
-        if group > 1:
-            part = (unit * group - unit) / world * SIZE
-            slowest = max(slowest, level.latency + part / level.rate(group, "all_to_all"))
-        unit *= group
-    return slowest
+        return all_reduce(topology, factors, SIZE)
+    if collective == "all_to_all":
+        return all_to_all(topology, factors, SIZE)
+    return all_gather(topology, factors, SIZE, collective)
 
 
-def work(wires: Wires, budget: float) -> list[float]:
-    """Seconds of each case, on every rank alike; what a rank runs."""
+def charged_trunk(wires: Wires, kind: str, collective: str) -> float:
+    """Bytes of a machine's trunk that the cost model takes time for: the seconds where it carries a byte a second, and all else
+    is free."""
+    if kind == INSIDE:
+        return 0.0
+    topology, whole = topology_of(wires), dict.fromkeys(COLLECTIVES, 1.0)
+    node, cluster = (replace(level, latency=0.0, efficiency=whole) for level in topology.levels)
+    levels = (replace(node, bandwidth=1e30), replace(cluster, bandwidth=1 / wires.ranks))
+    return charge(replace(topology, levels=levels), wires, kind, collective).seconds
+
+
+def work(wires: Wires, budget: float) -> list[tuple[float, float, float]]:
+    """(seconds, bytes of the port, bytes of the trunk) of each case, on every rank alike; what a rank runs."""
     from glm5_port.registry import BACKENDS
 
     group = Group(BACKENDS["cpu"], {"wires": str(wires)})
@@ -96,7 +116,23 @@ def work(wires: Wires, budget: float) -> list[float]:
         ALL: partial(neighbours, wires.world),
     }
     groups = {kind: group.subgroup(members[kind]) for kind in dict.fromkeys(kind for kind, _ in cases(wires))}
-    return [group.time(collective_call(name, groups[kind], SIZE, group.device), budget) for kind, name in cases(wires)]
+    found = []
+    for kind, name in cases(wires):
+        call = collective_call(name, groups[kind], SIZE, group.device)
+        seconds = group.time(call, budget)
+        port, trunk = group.slowest(count(call))
+        found.append((seconds, port, trunk))
+    return found
+
+
+def count(call: Callable[[], Any]) -> list[float]:
+    """Bytes of this rank's port and its machine's trunk during a call; what all ranks received has been sent."""
+    dist.barrier()
+    before = bytes_sent()
+    dist.barrier()
+    call()
+    dist.barrier()
+    return [float(after - first) for after, first in zip(bytes_sent(), before, strict=True)]
 
 
 def measure(wires: Wires, budget: float = 1.0) -> list[Row]:
@@ -121,8 +157,12 @@ def measure(wires: Wires, budget: float = 1.0) -> list[Row]:
         wires.inside,
     ]
     with Cluster(wires) as cluster:
-        seconds = json.loads(cluster.run(command)[0])
-    return [Row(kind, name, predict(wires, kind, name), found) for (kind, name), found in zip(cases(wires), seconds, strict=True)]
+        found = json.loads(cluster.run(command)[0])
+    rows = []
+    for (kind, name), (seconds, port, trunk) in zip(cases(wires), found, strict=True):
+        charged = charge(topology_of(wires), wires, kind, name)
+        rows.append(Row(kind, name, charged.seconds, seconds, charged.link_bytes, charged_trunk(wires, kind, name), port, trunk))
+    return rows
 
 
 def main() -> None:
@@ -136,9 +176,9 @@ def main() -> None:
     arguments = parser.parse_args()
     wires = Wires(arguments.machines, arguments.ranks, arguments.between, arguments.inside)
     if arguments.worker is not None:
-        seconds = work(wires, arguments.worker)
+        found = work(wires, arguments.worker)
         if os.environ["RANK"] == "0":
-            print(json.dumps(seconds))
+            print(json.dumps(found))
         return
     rows = measure(wires)
     if arguments.json:

@@ -32,8 +32,13 @@ PAYLOAD = 1448 / 1514
 """Share of an Ethernet frame that carries data of TCP."""
 PORT = 29500
 NEEDED = ("ip", "tc", "unshare", "nsenter")
-QUEUE = int(os.environ.get("QL", 64))
+QUEUE = 64
 """Frames that wait at a limited link."""
+BURST = 64 * 1024
+"""Bytes that a limit lets pass at once after a pause."""
+PORT_DEVICE, TRUNK_DEVICE = "eth0", "trunk"
+TRUNK_COUNTERS = "EMULATED_TRUNK_COUNTERS"
+"""Variable that tells a rank where the kernel counts what its machine sends to others."""
 
 
 class NotPermitted(RuntimeError):
@@ -93,6 +98,7 @@ class Cluster:
         self.wires = wires
         self._holders: list[subprocess.Popen[bytes]] = []
         self._ranks: list[int] = []
+        self._machines: list[int] = []
 
     def __enter__(self) -> Cluster:
         """Makes namespaces and links.
@@ -113,7 +119,7 @@ class Cluster:
         for holder in self._holders:
             holder.kill()
             holder.wait()
-        self._holders, self._ranks = [], []
+        self._holders, self._ranks, self._machines = [], [], []
 
     def run(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout: float = 150.0) -> list[str]:
         """Runs a command on every rank, with the variables that torchrun sets.
@@ -156,7 +162,8 @@ class Cluster:
             "GROUP_WORLD_SIZE": wires.machines,
             "MASTER_ADDR": _address(0, wires.ranks),
             "MASTER_PORT": PORT,
-            "GLOO_SOCKET_IFNAME": "eth0",
+            "GLOO_SOCKET_IFNAME": PORT_DEVICE,
+            TRUNK_COUNTERS: f"/proc/{self._machines[rank // wires.ranks]}/net/dev",
             "OMP_NUM_THREADS": 1,
             "MKL_NUM_THREADS": 1,
         }
@@ -185,6 +192,7 @@ class Cluster:
         script = {core: ["ip link set lo up", "ip link add core type bridge", "ip link set core up"]}
         for machine in range(self.wires.machines):
             node = self._hold()
+            self._machines.append(node)
             script[node] = [
                 "ip link set lo up",
                 "ip link add inner type bridge",
@@ -232,6 +240,19 @@ class Cluster:
             raise NotPermitted(f"a link could not be made: {done.stderr.strip()}")
 
 
+def bytes_sent() -> tuple[int, int]:
+    """What the kernel counted so far, frames with their headers: sent by this rank, and by its machine to others."""
+    places = ((Path("/proc/self/net/dev"), PORT_DEVICE), (Path(os.environ[TRUNK_COUNTERS]), TRUNK_DEVICE))
+    port, trunk = (_transmitted(path.read_text(encoding="utf-8"), device) for path, device in places)
+    return port, trunk
+
+
+def _transmitted(counters: str, device: str) -> int:
+    """Of a device, from the text of net/dev: eight columns of what was received, then the bytes sent."""
+    line = next(line for line in counters.splitlines() if line.strip().startswith(f"{device}:"))
+    return int(line.partition(":")[2].split()[8])
+
+
 def _address(rank: int, ranks: int) -> str:
     return f"10.77.{rank // ranks}.{rank % ranks + 1}"
 
@@ -239,10 +260,10 @@ def _address(rank: int, ranks: int) -> str:
 def _limit(device: str, rate: str) -> list[str]:
     """Limits what a device sends; IP packets below 128 bytes go past the queue."""
     bits = int(parse_quantity(rate, "bandwidth") * 8)
-    tc = f"tc {{}} dev {device}"
+    tc, burst = f"tc {{}} dev {device}", f"burst {BURST}b cburst {BURST}b"
     return [
         f"{tc.format('qdisc add')} root handle 1: htb default 20",
-        f"{tc.format('class add')} parent 1: classid 1:20 htb rate {bits}bit ceil {bits}bit burst 64kb cburst 64kb quantum 60000",
+        f"{tc.format('class add')} parent 1: classid 1:20 htb rate {bits}bit ceil {bits}bit {burst} quantum 60000",
         f"{tc.format('class add')} parent 1: classid 1:10 htb rate 100mbit ceil 1gbit prio 0 quantum 1514",
         f"{tc.format('qdisc add')} parent 1:20 pfifo limit {QUEUE}",
         f"{tc.format('filter add')} parent 1: protocol ip prio 1 u32 match u16 0x0000 0xff80 at 2 flowid 1:10",

@@ -114,6 +114,11 @@ class Topology:
         """Devices of one machine."""
         return self.levels[0].devices
 
+    @property
+    def scatters_pairwise(self) -> bool:
+        """Whether a reduce-scatter is an all-to-all and a sum, as this library does it over gloo (parallel/collectives.py)."""
+        return self.collectives == ONE_RING and self.chip.backend == "cpu"
+
     def factors(self, stride: int, size: int) -> tuple[int, ...]:
         """How a group of ranks first, first + stride, ... lies on the levels: how many of its members (then of its parts) meet
         on each level. (8, 2) is 16 ranks as eight in each of two nodes.

@@ -9,11 +9,14 @@ nothing.
     one ring          a + (P - 1) / P  S / min(b inside, b outside x devices of a node)            through all; all-reduce twice
 
 all_reduce takes the faster of level by level and one ring; both take one ring where the topology says that its library knows
-nothing else. Source: NCCL's and Megatron's accounting (the ring's volume); measured with gloo on emulated links
-(tests/parallel/test_emulated_links.py).
+nothing else. A reduce-scatter that goes from each rank to each (`Topology.scatters_pairwise`) costs what an all-to-all does: more
+between nodes. Source: NCCL's and Megatron's accounting (the ring's volume); bytes of each link counted with gloo on emulated
+links (tests/parallel/test_emulated_links.py).
 """
 
 from __future__ import annotations
+
+import math
 
 from glm5_port.parallel.cost.step import Step
 from glm5_port.parallel.cost.terms import COMMUNICATION, NOTHING, Cost, term
@@ -45,6 +48,8 @@ def all_gather(topology: Topology, factors: tuple[int, ...], size: float, collec
 
     level by level: sum over levels of a + (g - 1) / g  S / (g of the levels inside) / b
     """
+    if collective == "reduce_scatter" and topology.scatters_pairwise:
+        return all_to_all(topology, factors, size, collective)
     return _collective(topology, factors, size, collective, 1)
 
 
@@ -54,6 +59,25 @@ def all_reduce(topology: Topology, factors: tuple[int, ...], size: float) -> Cos
     level by level: reduce-scatter inside, all-reduce outside, all-gather inside: twice the volume and the steps of all_gather
     """
     return _collective(topology, factors, size, "all_reduce", 2)
+
+
+def all_to_all(topology: Topology, factors: tuple[int, ...], size: float, collective: str = "all_to_all") -> Cost:
+    """Every rank sends S bytes, S / P to each of P ranks: the slowest level of a + (part for ranks that meet on it) / b, since a
+    flat exchange drives all levels at the same time.
+
+    Source: DeepEP's accounting; bytes counted with gloo on emulated links.
+    """
+    ranks = math.prod(factors)
+    seconds = sent = 0.0
+    unit = 1
+    for level, group in zip(topology.levels, factors, strict=True):
+        outer = unit * group
+        if group > 1:
+            part = (outer - unit) / ranks * size
+            seconds = max(seconds, level.latency + part / level.rate(group, collective))
+            sent += part
+        unit = outer
+    return Cost(seconds, link_bytes=sent)
 
 
 def _collective(topology: Topology, factors: tuple[int, ...], size: float, collective: str, rounds: int) -> Cost:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from glm5_port.operators.exchange import SCALE_GROUP
-from glm5_port.parallel.cost.collectives import all_gather
+from glm5_port.parallel.cost.collectives import all_gather, all_to_all
 from glm5_port.parallel.cost.compute import imbalance
 from glm5_port.parallel.cost.step import Step
 from glm5_port.parallel.cost.terms import COMMUNICATION, NOTHING, Cost, term
@@ -61,23 +61,19 @@ def _one_way(step: Step, size: float, collective: str) -> Cost:
         return all_gather(topology, factors, active * size, collective)
     k, experts = config.num_experts_per_tok, config.n_routed_experts
     copies = float(k) if layout.exchange == ALL_TO_ALL else distinct_targets(experts, k, ranks)
+    if layout.exchange != HIERARCHICAL:
+        return all_to_all(topology, factors, tokens * copies * size) * imbalance(step)
     seconds = sent = 0.0
     unit = 1
-    hierarchical = layout.exchange == HIERARCHICAL
     for level, group in zip(topology.levels, factors, strict=True):
         outer = unit * group
         if group > 1:
-            if hierarchical and outer < ranks:  # fan out inside, after the copy for the node arrived
+            if outer < ranks:  # fan out inside, after the copy for the node arrived
                 part = tokens * copies * (outer - unit) / outer * size
-            elif hierarchical:
-                nodes = group
-                away = distinct_targets(experts, k, nodes) if unit > 1 else copies
-                part = tokens * away * (nodes - 1) / nodes * size
             else:
-                part = tokens * copies * (outer - unit) / ranks * size
-            step_seconds = part / level.rate(group, "all_to_all")
-            # A flat exchange drives all levels at the same time; a hierarchical one is a step on each.
-            seconds = seconds + level.latency + step_seconds if hierarchical else max(seconds, level.latency + step_seconds)
+                away = distinct_targets(experts, k, group) if unit > 1 else copies
+                part = tokens * away * (group - 1) / group * size
+            seconds += level.latency + part / level.rate(group, "all_to_all")  # a step on each level
             sent += part
         unit = outer
     return Cost(seconds, link_bytes=sent) * imbalance(step)
