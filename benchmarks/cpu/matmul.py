@@ -1,4 +1,4 @@
-"""int4_matmul and experts against torch, ONNX Runtime and transformers' way of computing experts."""
+"""int4_matmul and experts against torch, ONNX Runtime, transformers' way of computing experts, kt-kernel and ggml."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cpu.contest import Contest, copies_for
+from benchmarks.cpu.outside import players
 from glm5_port.backends.cpu.extension import widest_isa
 from glm5_port.operators import expert_mlp, expert_mlp_int4, expert_mlp_int4_w4a8, int4_matmul
 from glm5_port.quant.int4 import dequantize_packed, quantize_packed
@@ -20,6 +21,8 @@ SHAPES = ((6144, 2048), (2048, 6144), (6144, 12288))
 ROWS = (1, 4, 16, 64, 256, 1024)
 TOKENS = (1, 8, 64, 512, 2048)
 WIDTH, BETWEEN, TOP_K, GROUP = 6144, 2048, 8, 32
+DISTINCT = 8
+"""Experts whose weights differ."""
 INT4_BYTES = 0.5 + 2 / GROUP
 
 
@@ -87,10 +90,10 @@ def _expert(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _int4_parts(experts: int) -> list[dict[str, Tensor]]:
-    """Eight experts that differ; the others repeat them at places of their own, since only their bits cost time."""
+    """Some experts that differ; the others repeat them at places of their own, since only their bits cost time."""
     generator = torch.Generator().manual_seed(0)
     made = []
-    for _ in range(8):
+    for _ in range(DISTINCT):
         gate_up, down = _expert(generator)
         (gate_up_packed, gate_up_scales), (down_packed, down_scales) = quantize_packed(gate_up), quantize_packed(down)
         made.append(
@@ -130,7 +133,7 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
 
     Args:
         count: experts.
-        peers: also bfloat16 weights (3.6 times the bytes; 64 experts at most fit a small machine).
+        peers: also bfloat16 weights (3.6 times the bytes; 64 experts at most fit a small machine), kt-kernel and ggml.
     """
     facts = {"width": WIDTH, "width_between": BETWEEN, "experts": count, "top_k": TOP_K, "group_size": GROUP}
     parts = _int4_parts(count)
@@ -141,6 +144,7 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
         down = torch.stack([dequantize_packed(p["down_packed"], p["down_scales"]) for p in parts])
         grouped = expert_mlp.implementations["torch/grouped_mm"].function
         eager = _hugging_face_eager(gate_up, down)
+    outside = players(parts[:DISTINCT], count) if peers else {}
     expert_bytes = 3 * WIDTH * BETWEEN * INT4_BYTES
     for tokens in TOKENS:
         hidden = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)).bfloat16()
@@ -155,6 +159,7 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
                 "torch grouped_mm bf16": lambda copy, h=hidden, r=routings: grouped(h, *r[copy], gate_up, down),
                 "transformers eager bf16": lambda copy, h=hidden, r=routings: eager(h, *r[copy]),
             }
+        contenders |= {f"{peer} INT4, 8-bit activations": player.routings(hidden, routings) for peer, player in outside.items()}
 
         def gold(hidden: Tensor = hidden, routing: tuple[Tensor, Tensor] = routings[0]) -> Tensor:
             route_weights, ids = routing
@@ -180,3 +185,5 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
             copies=len(routings),
             floor_note=f"{math.ceil(touched)} experts are touched",
         )
+    for player in outside.values():
+        player.close()
