@@ -185,5 +185,3 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
             copies=len(routings),
             floor_note=f"{math.ceil(touched)} experts are touched",
         )
-    for player in outside.values():
-        player.close()

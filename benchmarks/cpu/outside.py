@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -46,8 +47,8 @@ class Player:
         if not (ROOT / environment / ".ready").exists():
             raise FileNotFoundError(f"there is no {environment}: make test-{environment.removeprefix('.venv-')}")
         self._peer = peer
-        self._directory = tempfile.TemporaryDirectory()
-        self._place = Path(self._directory.name)
+        directory = tempfile.TemporaryDirectory()
+        self._place = Path(directory.name)
         save_file(
             {f"{n}.{name}": t.contiguous() for n, part in enumerate(parts) for name, t in part.items()}, self._place / "experts"
         )
@@ -56,6 +57,7 @@ class Player:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )  # fmt: skip
+        weakref.finalize(self, _end, self._process, directory)  # a stopped process does not see that its input has ended
         self._to = cast(IO[str], self._process.stdin)
         self._from = cast(IO[str], self._process.stdout)
         self._stopped = False
@@ -79,12 +81,6 @@ class Player:
 
         return run
 
-    def close(self) -> None:
-        """Ends the player."""
-        self._process.kill()
-        self._process.wait()
-        self._directory.cleanup()
-
     def _ask(self, request: dict[str, object]) -> None:
         if self._stopped:
             self._process.send_signal(signal.SIGCONT)
@@ -99,6 +95,12 @@ class Player:
             raise RuntimeError(f"{self._peer}: its player ended with {self._process.wait()}")
         self._process.send_signal(signal.SIGSTOP)
         self._stopped = True
+
+
+def _end(process: subprocess.Popen[str], directory: tempfile.TemporaryDirectory[str]) -> None:
+    process.kill()
+    process.wait()
+    directory.cleanup()
 
 
 def players(parts: Sequence[dict[str, Tensor]], count: int) -> dict[str, Player]:
