@@ -95,6 +95,7 @@ class Operator:
         promises: Sequence[str] = (),
         prepare: Callable[[Mapping[str, Any]], Preparation] | None = None,
         fake: Callable[..., Any] | None = None,
+        yields: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Registers a function as `backend/variant`. See docs/adding-a-backend.md.
 
@@ -108,6 +109,7 @@ class Operator:
             prepare: `(facts) -> Preparation` for an implementation with a weight layout of its own; its function then takes
                 what `finish()` returns in place of the declaration's weight parameters.
             fake: needed only when `prepare` is given and the declaration's fake reads a weight.
+            yields: why the portable implementation goes first on this chip, for the record; empty where it comes last, as usual.
 
         Raises:
             InputError: parameter names differ from the declaration, the id is taken, or a promise is unknown.
@@ -128,6 +130,7 @@ class Operator:
                 promises=frozenset(promises),
                 prepare=prepare,
                 fake=fake or self.fake,
+                yields=yields,
             )
             if implementation.id in self.implementations:
                 raise InputError(f"{self.name}: {implementation.id} is registered twice")

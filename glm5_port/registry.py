@@ -113,7 +113,8 @@ class Backend:
 class Implementation:
     """One way to compute an operator. Built by `Operator.implement`.
 
-    `torch_op` is its opaque torch op, defined the first time it is bound."""
+    `yields` says why the portable implementations on the same device go before it; empty where they come after. `torch_op` is its
+    opaque torch op, defined the first time it is bound."""
 
     operator: Operator
     backend: str
@@ -125,6 +126,7 @@ class Implementation:
     promises: frozenset[str]
     prepare: Callable[[Mapping[str, Any]], Preparation] | None
     fake: Callable[..., Any]
+    yields: str = ""
     torch_op: Any = None
 
     @property

@@ -144,18 +144,23 @@ def decide(
         if take:
             chosen = implementation
         elif not reasons:
-            reasons = [f"outranked by {chosen.id}" if chosen else "outranked"]
+            reasons = [_outranked(implementation, chosen)]
         candidates.append(Candidate(implementation.id, take, tuple(reasons)))
     return Selection(operator.name, dict(facts), request, chosen, tuple(candidates), as_backend)
 
 
+def _outranked(implementation: Implementation, chosen: Implementation | None) -> str:
+    by = f" by {chosen.id}" if chosen else ""
+    return f"outranked{by}" + (f": {implementation.yields}" if implementation.yields and chosen and chosen.portable else "")
+
+
 def _by_preference(operator: Operator, request: Request) -> list[Implementation]:
-    """Named backends in request order, then the others; portable and reference last."""
+    """Named backends in request order, then the others; portable ones, what yields to them, and the reference last."""
     names = request.backends if request.backends != ("auto",) else tuple(b.name for b in search_order())
     places = {name: place for place, name in enumerate(names)}
 
     def key(implementation: Implementation) -> tuple[Any, ...]:
-        last = {PORTABLE: 1, REFERENCE: 2}.get(implementation.backend, 0)
+        last = {PORTABLE: 1, REFERENCE: 3}.get(implementation.backend, 2 if implementation.yields else 0)
         return (last, places.get(implementation.backend, len(places)), implementation.rank, implementation.id)
 
     if request.pin is not None:

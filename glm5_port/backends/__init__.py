@@ -44,6 +44,7 @@ IMPLEMENTATIONS = (
     "cuda.routing",
     "cuda.quantize",
     "cuda.matmul",
+    "cuda.linear",
     "cuda.experts",
     "onnxruntime.int4",
 )

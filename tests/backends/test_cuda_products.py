@@ -4,6 +4,7 @@ kernels compute their operators is held by tests/interpreter."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ from glm5_port.backends.cuda.experts import (
     expert_mlp_int4_triton,
     expert_mlp_int4_w4a8_triton,
     expert_mlp_triton,
+)
+from glm5_port.backends.cuda.linear import (
+    VENDOR,
+    attention_output_triton,
+    gated_mlp_triton,
+    linear_per_head_triton,
 )
 from glm5_port.backends.cuda.matmul import (
     PROGRAMS,
@@ -31,9 +38,11 @@ from glm5_port.backends.cuda.triton_support import assume, recording
 from glm5_port.dispatch import Operator
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import expert_mlp_int4, int4_matmul, int4_quantize, int8_matmul
+from glm5_port.operators.linear import linear, linear_per_head
 from glm5_port.operators.moe import expert_mlp, route_experts
 from glm5_port.operators.norm import rms_norm
 from glm5_port.quant.packing import pack_int4
+from glm5_port.selection import decide
 
 SMALL, LARGE = (8, 9), (9, 0)
 
@@ -143,9 +152,30 @@ def test_float64_is_left_to_the_portable(operator: Operator) -> None:
     assert any("not float64" in reason for reason in reasons)
 
 
+def test_products_of_the_vendor_go_first_and_the_record_says_why(set_flags: Callable[..., None]) -> None:
+    facts = linear.complete_facts({"device_type": "cuda", "dtype": torch.bfloat16, "width_in": 6144, "width_out": 2048})
+    record = decide(linear, facts, as_backend="cuda")
+    assert record.chosen is not None and record.chosen.id == "torch/eager"
+    (refused,) = (candidate for candidate in record.candidates if candidate.id == "cuda/triton")
+    assert refused.reasons == (f"outranked by torch/eager: {VENDOR}",)
+    set_flags(GLM5_PORT_STRICT="1")
+    strict = decide(linear, facts, as_backend="cuda")
+    assert strict.chosen is not None and strict.chosen.id == "cuda/triton"
+
+
+def test_rows_that_do_not_fit_a_weight_are_refused() -> None:
+    with pytest.raises(InputError, match=r"linear on cuda: rows \(3, 63\) torch.float32 and a weight \(5, 64\)"):
+        linear.implementations["cuda/triton"].function(torch.zeros(3, 63), torch.zeros(5, 64))
+    with pytest.raises(InputError, match=r"torch.bfloat16 and a weight \(5, 64\) torch.float32"):
+        linear.implementations["cuda/triton"].function(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(5, 64))
+    with pytest.raises(InputError, match=r"rows \(4, 2, 8\) torch.float32 and a weight \(3, 5, 8\)"):
+        linear_per_head.implementations["cuda/triton"].function(torch.zeros(4, 2, 8), torch.zeros(3, 5, 8))
+
+
 # -- many rows ---------------------------------------------------------------------------------------------------------
 
 WIDE, BETWEEN, EXPERTS, ROWS = 6144, 2048, 2, 512
+HEADS, NOPE, VALUE, LATENT = 64, 192, 256, 512
 """Of cases at GLM-5 widths, tests/backends/test_triton.py compiles the tiles of few rows; these are the ones of many."""
 
 
@@ -172,6 +202,11 @@ def launch_everything(dtype: torch.dtype) -> None:
     expert_mlp_int4_w4a8_triton(x, torch.empty(ROWS, 2), ids, **int4_experts)
     weights = (torch.empty(EXPERTS, 2 * BETWEEN, WIDE, dtype=dtype), torch.empty(EXPERTS, WIDE, BETWEEN, dtype=dtype))
     expert_mlp_triton(x, torch.empty(ROWS, 2), ids, *weights)
+    gated_mlp_triton(x, *(weight[0] for weight in weights))
+    key_rows = torch.empty(HEADS, NOPE, LATENT, dtype=dtype).transpose(1, 2)  # as they lie in kv_b, transposed
+    linear_per_head_triton(torch.empty(ROWS, HEADS, NOPE, dtype=dtype), key_rows)
+    value_rows, output = torch.empty(HEADS, VALUE, LATENT, dtype=dtype), torch.empty(WIDE, HEADS * VALUE, dtype=dtype)
+    attention_output_triton(torch.empty(ROWS, HEADS, LATENT, dtype=dtype), value_rows, output)
 
 
 @pytest.mark.slow
@@ -186,7 +221,7 @@ def test_tiles_of_many_rows_compile(target: int) -> None:
     with assume(divmod(target, 10)), recording() as launches:
         launch_everything(torch.bfloat16)
     products = [launch for launch in distinct(launches) if "num_stages" in launch.options]
-    assert len(products) == 8
+    assert len(products) == 13
     for launch in products:
         taken = compile_launch(launch, target)
         assert taken.stack == 0 and taken.shared <= SHARED_MEMORY[target] and taken.tensor <= TENSOR_MEMORY, str(taken)

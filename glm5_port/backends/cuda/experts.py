@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_port.backends.cuda.linear import dense_tiles
 from glm5_port.backends.cuda.matmul import (
     TILE,
     check_width,
@@ -24,7 +25,7 @@ from glm5_port.backends.cuda.matmul import (
     scale_rows,
     tile_words,
 )
-from glm5_port.backends.cuda.triton_support import LARGE, generation, kernels, launch, power_of_two, rows_of, triton
+from glm5_port.backends.cuda.triton_support import kernels, launch, power_of_two, rows_of, triton
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
 from glm5_port.operators.moe import expert_mlp
@@ -120,24 +121,21 @@ def expert_mlp_triton(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_u
     gate_up, down = (weight.detach() if weight.stride(2) == 1 else weight.detach().contiguous() for weight in (gate_up, down))
     hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
     experts, width, between = down.shape
-    wide = hidden.dtype == torch.float32
-    large = generation() == LARGE and not wide
-    block = min(power_of_two(_rows_of_an_expert(ids, experts), least=16), 16 if wide else 128 if large else 64)
-    outputs = 32 if wide else 64
+    tiles = dense_tiles(_rows_of_an_expert(ids, experts), hidden.dtype)
     options = {
-        "BLOCK_N": outputs,
-        "BLOCK_B": block,
-        "BLOCK_K": 32 if wide else 64,
-        "num_warps": 4,
-        "num_stages": 4 if large else 3,
+        "BLOCK_N": tiles.outputs,
+        "BLOCK_B": tiles.rows,
+        "BLOCK_K": tiles.inputs,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
     }
-    grouped = group_rows(ids_Tk, experts, block)
+    grouped = group_rows(ids_Tk, experts, tiles.rows)
     between_RF = hidden.new_empty((ids_Tk.numel(), between))
     results_RD = hidden.new_empty((ids_Tk.numel(), width))
     module = kernels("experts")
     launch(
         module.dense_gate_up,
-        (-(-between // outputs), grouped.experts_S.shape[0]),
+        (-(-between // tiles.outputs), grouped.experts_S.shape[0]),
         hidden_TD,
         gate_up,
         grouped.rows_SB,
@@ -153,7 +151,7 @@ def expert_mlp_triton(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_u
     )
     launch(
         module.dense_down,
-        (-(-width // outputs), grouped.experts_S.shape[0]),
+        (-(-width // tiles.outputs), grouped.experts_S.shape[0]),
         between_RF,
         down,
         grouped.rows_SB,

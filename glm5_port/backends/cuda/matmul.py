@@ -1,8 +1,7 @@
 """Triton int4_matmul and int8_matmul, and the INT4 weight layout of the kernels.
 
 A prepared weight has the bytes of the canonical one in another order (kernels/weights.py): tiles of 128 inputs, [tiles, N, 16]
-words, padded up to whole tiles, and scales [groups, N]. bfloat16 products (linear, gated_mlp, linear_per_head) have no kernel
-here: what the portable implementations call, torch's own matrix products, is the vendor's library.
+words, padded up to whole tiles, and scales [groups, N].
 
 Shape legend: N, K outputs and inputs of a weight; R rows of x; S segments of the inputs; ... any leading dimensions.
 """
@@ -101,12 +100,14 @@ class Tiles:
     Attributes:
         outputs, rows: of the tile.
         warps, stages: that compute it, and loads that run ahead.
+        inputs: that are multiplied at a time.
     """
 
     outputs: int
     rows: int
     warps: int
     stages: int
+    inputs: int = RUN
 
 
 def int4_tiles(rows: int, dtype: torch.dtype) -> Tiles:

@@ -1,6 +1,6 @@
-"""Triton int4_quantize and int4_dequantize. Shape legend: R rows; I inputs of a row; ... any leading dimensions.
+"""Triton int4_quantize, int4_quantize_measured and int4_dequantize.
 
-int4_quantize_measured has no kernel: an export is bound by its files, and the portable implementation runs on the device.
+Shape legend: R rows; I inputs of a row; ... any leading dimensions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glm5_port.backends.cuda.triton_support import kernels, launch, power_of_two, rows_of, triton
 from glm5_port.operators.int4 import check_int4, int4_dequantize, int4_quantize
+from glm5_port.operators.int4_measured import STATISTICS, int4_quantize_measured
 from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, groups_of
 from glm5_port.quant.packing import CODES_PER_WORD
 
@@ -19,6 +20,8 @@ RULES = ("amax7", "signed8")
 LARGEST_GROUP = 2**14
 """A group is held in registers."""
 WEIGHTS_OF_PROGRAM = 4096
+MEASURED_TOGETHER = 2048
+"""Weights of a row that are quantised and measured at a time: less than above, for there is more to keep of each."""
 WORDS_OF_PROGRAM = 512
 
 
@@ -38,31 +41,54 @@ def _whole_words(size: int) -> list[str]:
     return [f"takes groups of whole words ({CODES_PER_WORD} weights), not of {size}"] if size % CODES_PER_WORD else []
 
 
+def _empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Words and scales of a weight, to be written."""
+    packed = torch.empty((*weight.shape[:-1], weight.shape[-1] // CODES_PER_WORD), dtype=torch.int32, device=weight.device)
+    return packed, torch.empty((*weight.shape[:-1], groups), dtype=torch.bfloat16, device=weight.device)
+
+
+def _shape(size: int, weights: int) -> dict[str, int]:
+    """Groups that are held in registers at a time, and the weights of each, about `weights` together."""
+    padded = power_of_two(size, least=CODES_PER_WORD)
+    return {
+        "BLOCK_N": max(1, weights // padded),
+        "BLOCK_P": padded,
+        "num_warps": 4 if padded <= WEIGHTS_OF_PROGRAM else 8,
+    }
+
+
 @triton(int4_quantize, not_supported=_quantize_not_supported)
 def int4_quantize_triton(weight: Tensor, *, group_size: int, rule: str) -> tuple[Tensor, Tensor]:
+    """One program for some groups."""
     signed8 = Int4Rule(rule, group_size).name == "signed8"
     groups, size = groups_of(weight.shape[-1], group_size)
     rows_RI = rows_of(weight)
-    packed = torch.empty((*weight.shape[:-1], weight.shape[-1] // CODES_PER_WORD), dtype=torch.int32, device=weight.device)
-    scales = torch.empty((*weight.shape[:-1], groups), dtype=torch.bfloat16, device=weight.device)
-    padded = power_of_two(size, least=CODES_PER_WORD)
-    block = max(1, WEIGHTS_OF_PROGRAM // padded)
+    packed, scales = _empty(weight, groups)
+    shape = _shape(size, WEIGHTS_OF_PROGRAM)
     launch(
         kernels("quantize").quantize_groups,
-        (-(-scales.numel() // block),),
-        rows_RI,
-        packed,
-        scales.view(torch.int16),
-        scales.numel(),
-        rows_RI.stride(0),
-        GROUPS_OF_ROW=groups,
-        SIZE=size,
-        SIGNED8=signed8,
-        BLOCK_N=block,
-        BLOCK_P=padded,
-        num_warps=4 if padded <= WEIGHTS_OF_PROGRAM else 8,
-    )
+        (-(-scales.numel() // shape["BLOCK_N"]),),
+        rows_RI, packed, scales.view(torch.int16), scales.numel(), rows_RI.stride(0),
+        GROUPS_OF_ROW=groups, SIZE=size, SIGNED8=signed8, **shape,
+    )  # fmt: skip
     return packed, scales
+
+
+@triton(int4_quantize_measured, not_supported=_quantize_not_supported)
+def int4_quantize_measured_triton(weight: Tensor, *, group_size: int, rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    """One program for a row, some of its groups at a time: what is measured is added up in their order."""
+    signed8 = Int4Rule(rule, group_size).name == "signed8"
+    groups, size = groups_of(weight.shape[-1], group_size)
+    rows_RI = rows_of(weight)
+    packed, scales = _empty(weight, groups)
+    statistics = torch.empty((*weight.shape[:-1], len(STATISTICS)), dtype=torch.float32, device=weight.device)
+    launch(
+        kernels("quantize").quantize_and_measure_rows,
+        (rows_RI.shape[0],),
+        rows_RI, packed, scales.view(torch.int16), statistics, rows_RI.stride(0),
+        GROUPS_OF_ROW=groups, SIZE=size, SIGNED8=signed8, **_shape(size, min(MEASURED_TOGETHER, power_of_two(weight.shape[-1]))),
+    )  # fmt: skip
+    return packed, scales, statistics
 
 
 @triton(int4_dequantize, not_supported=_dequantize_not_supported)

@@ -62,6 +62,7 @@ def triton(
     not_supported: Callable[..., list[str]] | None = None,
     prepare: Callable[[Mapping[str, Any]], Preparation] | None = None,
     fake: Callable[..., Any] | None = None,
+    yields: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as `cuda/triton`.
 
@@ -69,7 +70,7 @@ def triton(
         operator: that is implemented.
         variant, rank: as in `Operator.implement`, where one operator has several.
         dtypes: working dtypes that it takes.
-        promises, prepare, fake: as in `Operator.implement`.
+        promises, prepare, fake, yields: as in `Operator.implement`.
         not_supported: its own reasons against `facts`, beside those of machine, versions and dtype.
     """
 
@@ -81,7 +82,14 @@ def triton(
         return found + (not_supported(**facts) if not_supported else [])
 
     return operator.implement(
-        BACKEND, variant=variant, rank=rank, not_supported=reasons, promises=promises, prepare=prepare, fake=fake
+        BACKEND,
+        variant=variant,
+        rank=rank,
+        not_supported=reasons,
+        promises=promises,
+        prepare=prepare,
+        fake=fake,
+        yields=yields,
     )
 
 

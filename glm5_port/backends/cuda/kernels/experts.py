@@ -20,6 +20,7 @@ Shape legend: N outputs of a program; B rows of a block; S blocks; E experts.
 import triton
 import triton.language as tl
 
+from glm5_port.backends.cuda.kernels.linear import dense_sums, silu_times
 from glm5_port.backends.cuda.kernels.numbers import dot_add, narrow
 from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, WORDS, add_run
 
@@ -59,12 +60,6 @@ def group_rows(
     tl.store(expert_of_block + block, expert, mask=(block >= first) & (block < first + mine))
     unused = (block >= tl.sum(blocks_E, axis=0)) & (block < blocks) & (expert == 0)
     tl.store(expert_of_block + block, -1, mask=unused)
-
-
-@triton.jit
-def silu_times(gate, up):
-    """silu(gate) * up."""
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 # -- weights in floating point -----------------------------------------------------------------------------------------
@@ -115,15 +110,11 @@ def dense_down(
         return
     row = tl.load(rows_of_block + block * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     used = row >= 0
-    weight_rows = weight + expert.to(tl.int64) * expert_stride + n[:, None].to(tl.int64) * weight_stride
-    sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    for start in range(0, BETWEEN, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inputs = tl.load(between + row[None, :] * BETWEEN + k[:, None], mask=used[None, :] & (k < BETWEEN)[:, None], other=0.0)
-        inside = (n < WIDTH)[:, None] & (k < BETWEEN)[None, :]
-        sums = dot_add(tl.load(weight_rows + k[None, :], mask=inside, other=0.0), inputs, sums)
+    inside = n < WIDTH
+    weight_rows = weight + expert.to(tl.int64) * expert_stride + n.to(tl.int64) * weight_stride
+    sums = dense_sums(weight_rows, 1, between + row * BETWEEN, inside, used, 0, BETWEEN, BETWEEN, BLOCK_N, BLOCK_B, BLOCK_K)
     places = row[None, :] * WIDTH + n[:, None]
-    tl.store(results + places, narrow(sums, results.dtype.element_ty), mask=used[None, :] & (n < WIDTH)[:, None])
+    tl.store(results + places, narrow(sums, results.dtype.element_ty), mask=used[None, :] & inside[:, None])
 
 
 # -- INT4 weights ------------------------------------------------------------------------------------------------------
