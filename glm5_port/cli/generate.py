@@ -39,7 +39,9 @@ def generate(
     max_context: Annotated[int | None, typer.Option("--max-context", help="Default: the config's limit.")] = None,
     int4_activations: Annotated[
         str | None,
-        typer.Option("--int4-activations", help="Of INT4 experts: wide (W4A16, the default) or int8 (W4A8)."),
+        typer.Option(
+            "--int4-activations", help="Of INT4 experts: wide (W4A16, the default), int8 (W4A8, a scale a token) or int8_groups."
+        ),
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Draft with the MTP layer and verify.")] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="Tokens drafted at a time, with --mtp.")] = 1,

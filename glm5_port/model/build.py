@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from glm5_port.config import Glm5Config
 from glm5_port.errors import ConfigError, InputError, did_you_mean
 from glm5_port.model.decoder import DEFAULT_BLOCK_SIZE, Glm5Model
-from glm5_port.model.layers import INT8, WIDE
+from glm5_port.model.layers import INT8, INT8_GROUPS, WIDE
 from glm5_port.model.ranks import Ranks
-from glm5_port.model.tensors import expected_tensors
+from glm5_port.model.tensors import INT8_CODES, INT8_SCALES, expected_tensors
 from glm5_port.model.weights import Read, fill, load_decoder_layer, load_norm
 from glm5_port.operators.cache import INDEX, LATENT, cache_layout
 from glm5_port.requests import resolve_backend
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 CORRECTION_BIAS = "e_score_correction_bias"
+INT8_PARTS = {INT8_CODES: torch.int8, INT8_SCALES: torch.float32}
 INT4_PARTS = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}
 
 
@@ -57,9 +58,10 @@ def build(
     _check_limits(config, latent_norm_eps, block_size, max_context)
     if mtp and config.mtp_layer is None:
         raise ConfigError("mtp=True was asked for, but this model has no MTP layer: num_nextn_predict_layers = 0")
-    if trainable and config.int4 is not None:
+    if trainable and (config.int4 is not None or config.int8 is not None):
         raise InputError(
-            "trainable=True was asked for a checkpoint with INT4 weights, whose codes have no gradient\n"
+            f"trainable=True was asked for a checkpoint with {'INT8' if config.int4 is None else 'INT4'} weights, whose codes "
+            "have no gradient\n"
             "  Train the floating-point checkpoint with glm5_port.quant.qat and export it."
         )
     int4_activations = _int4_activations(int4_activations, config)
@@ -112,9 +114,11 @@ def working_dtype(dtype: torch.dtype | str | None, config: Glm5Config) -> torch.
     return DTYPES[name]
 
 
-def stored_dtype(name: str, working: torch.dtype) -> torch.dtype:
-    """What a tensor is read as: the working dtype, but for the router's correction bias (float32 or wider: its spread is a few
-    bfloat16 steps around an offset) and the parts of INT4 weights, which keep their bits."""
+def stored_dtype(name: str, working: torch.dtype, kind: str = "") -> torch.dtype:
+    """What a tensor of a kind (of `TensorSpec`) is read as: the working dtype, but for the router's correction bias (float32 or
+    wider: its spread is a few bfloat16 steps around an offset) and the parts of INT4 and INT8 weights, which keep their bits."""
+    if kind in INT8_PARTS:
+        return INT8_PARTS[kind]
     if name.endswith(CORRECTION_BIAS):
         return torch.promote_types(working, torch.float32)
     return INT4_PARTS.get(name.rpartition(".")[2], working)
@@ -132,12 +136,15 @@ def _check_limits(config: Glm5Config, latent_norm_eps: float | None, block_size:
 
 
 def _int4_activations(asked: str | None, config: Glm5Config) -> str:
-    if asked not in (None, WIDE, INT8):
-        near = did_you_mean(asked, (WIDE, INT8))
-        raise InputError(f"int4_activations={asked}: no such activations{near}\n  supported: {WIDE} (W4A16), {INT8} (W4A8)")
-    if asked == INT8 and not any(config.has_int4_experts(layer) for layer in config.moe_layers):
+    if asked not in (None, WIDE, INT8, INT8_GROUPS):
+        near = did_you_mean(asked, (WIDE, INT8, INT8_GROUPS))
         raise InputError(
-            f"int4_activations={INT8} was asked for a checkpoint without INT4 experts, whose activations stay as they are\n"
+            f"int4_activations={asked}: no such activations{near}\n"
+            f"  supported: {WIDE} (W4A16), {INT8} (W4A8, a scale for each token), {INT8_GROUPS} (W4A8, one for each group)"
+        )
+    if asked in (INT8, INT8_GROUPS) and not any(config.has_int4_experts(layer) for layer in config.moe_layers):
+        raise InputError(
+            f"int4_activations={asked} was asked for a checkpoint without INT4 experts, whose activations stay as they are\n"
             "  Export it with glm5-port export first, or leave the option out."
         )
     return asked or WIDE

@@ -39,7 +39,7 @@ class Glm5Model(Generation, nn.Module):
         backend: name of the backend that it was put on.
         device, dtype: where and in what it computes.
         cache_format, block_size, max_context: how it caches.
-        int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16) or "int8" (W4A8).
+        int4_activations: what INT4 experts multiply with: "wide" (the working dtype, W4A16), "int8" or "int8_groups" (W4A8).
         speculates: whether generation drafts with the MTP layer.
         mtp: that layer, or None; of several stages the last has it.
         ranks: how it shares its work with other ranks; alone unless a plan says otherwise.

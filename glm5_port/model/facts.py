@@ -6,7 +6,7 @@ from typing import Any
 
 from glm5_port.config import Glm5Config
 from glm5_port.operators.exchange import ALL_REDUCE
-from glm5_port.quant.int4 import AMAX7
+from glm5_port.quant.int4 import AMAX7, PER_CHANNEL
 
 
 def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> dict[str, dict[str, Any]]:
@@ -98,5 +98,5 @@ def operator_facts(config: Glm5Config, *, cache_format: str, page_size: int) -> 
         "int4_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size, **int4},
         "int8_matmul": {"width_in": config.hidden_size, "width_out": config.intermediate_size},
         "expert_mlp_int4": int4_experts,
-        "expert_mlp_int4_w4a8": int4_experts,
+        "expert_mlp_int4_w4a8": {**int4_experts, "activation_group_size": PER_CHANNEL},
     }

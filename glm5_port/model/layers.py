@@ -18,9 +18,11 @@ from glm5_port.model.bindings import Binder, BoundLayer
 from glm5_port.model.cache import DECODE, PREFILL, Batch, LayerCache
 from glm5_port.model.ranks import Part, Ranks
 from glm5_port.model.tensors import layer_prefix
+from glm5_port.quant.int4 import PER_CHANNEL
 
-WIDE, INT8 = "wide", "int8"
-"""Activations of INT4 experts: the working dtype (W4A16), or quantised per token as they come (W4A8)."""
+WIDE, INT8, INT8_GROUPS = "wide", "int8", "int8_groups"
+"""Activations of INT4 experts: the working dtype (W4A16), or quantised as they come (W4A8) with one scale for each token, or for
+each of its groups, which are those of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Options:
     Attributes:
         dense_attention: attends to every earlier position, without an indexer.
         cache_format: how latents, rope keys and index keys are stored.
-        int4_activations: of INT4 experts, `WIDE` or `INT8`.
+        int4_activations: of INT4 experts, `WIDE`, `INT8` or `INT8_GROUPS`.
         ranks: how work is shared with other ranks.
         part: what of the model is here.
     """
@@ -61,7 +63,7 @@ class Indexer(nn.Module):
 
     def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options) -> None:
         super().__init__()
-        if composed.has_int4(config, prefix, composed.INDEX):
+        if composed.has_codes(config, prefix, composed.INDEX):
             self.project: BoundLayer | composed.IndexQueries = composed.IndexQueries(config, bind, prefix)
         else:
             self.project = BoundLayer(bind(ops.indexer_prologue))
@@ -106,12 +108,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: Glm5Config, bind: Binder, prefix: str, options: Options) -> None:
         super().__init__()
-        self.queries = composed.Queries(config, bind, prefix) if composed.has_int4(config, prefix, composed.QUERIES) else None
+        self.queries = composed.Queries(config, bind, prefix) if composed.has_codes(config, prefix, composed.QUERIES) else None
         if self.queries is not None:
             self.prologue: BoundLayer | composed.AbsorbedQueries = composed.AbsorbedQueries(config, bind, self.queries)
         else:
             self.prologue = BoundLayer(bind(ops.mla_prologue_into_cache))
-        if composed.has_int4(config, prefix, composed.OUTPUT):
+        if composed.has_codes(config, prefix, composed.OUTPUT):
             self.output: BoundLayer | composed.Output = composed.Output(config, bind, prefix)
         else:
             self.output = BoundLayer(bind(ops.attention_output))
@@ -233,7 +235,7 @@ class DenseAttention(Attention):
 
 def gated_mlp(config: Glm5Config, bind: Binder, prefix: str, width_between: int) -> BoundLayer | composed.Mlp:
     """`gated_mlp` with the matrices below `prefix`, whatever they are stored in."""
-    if composed.has_int4(config, prefix, composed.MLP):
+    if composed.has_codes(config, prefix, composed.MLP):
         return composed.Mlp(config, bind, prefix, width_between)
     return BoundLayer(bind(ops.gated_mlp, width_between=width_between))
 
@@ -260,8 +262,11 @@ class MoeMlp(nn.Module):
         self.packing: dict[str, Any] = {} if int4 is None else {"group_size": int4.group_size}
         if int4 is None:
             experts = ops.expert_mlp
+        elif options.int4_activations == WIDE:
+            experts = ops.expert_mlp_int4
         else:
-            experts = ops.expert_mlp_int4_w4a8 if options.int4_activations == INT8 else ops.expert_mlp_int4
+            experts = ops.expert_mlp_int4_w4a8
+            self.packing["activation_group_size"] = PER_CHANNEL if options.int4_activations == INT8 else int4.group_size
         part = options.part
         self.held = tuple(part.experts(number))
         self.experts = BoundLayer(bind(experts, experts=len(self.held), width_between=part.expert_width, **self.packing))

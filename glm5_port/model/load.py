@@ -40,8 +40,8 @@ def load(
     Every name, shape and dtype is checked both ways before anything is allocated; weights then stream in one at a time.
 
     Args:
-        path: directory with config.json and safetensors files: bf16, block-FP8 (dequantised while reading), or canonical INT4
-            (computed from its codes).
+        path: directory with config.json and safetensors files: bf16, block-FP8 (dequantised while reading), canonical INT4 or
+            INT8 with one scale for each output (both computed from their codes).
         backend: "cpu", "cuda", "npu", ..., or a list "npu,cpu" (the first usable one); None follows use_backend, then
             GLM5_PORT_BACKEND, then auto.
         dtype: working dtype; None is the config's (bfloat16 for the released models).
@@ -52,8 +52,9 @@ def load(
         max_context: most positions of a sequence; None is the config's limit. At or below index_topk attention is dense,
             since selection would keep everything.
         mtp: also load the MTP layer; generation then drafts and verifies with it.
-        int4_activations: what INT4 experts multiply with: "wide" (None: the working dtype, W4A16), or "int8" (quantised per
-            token as they come, W4A8). Other INT4 projections are W4A16 always.
+        int4_activations: what INT4 experts multiply with: "wide" (None: the working dtype, W4A16), "int8" (quantised as they
+            come, W4A8, one scale for each token) or "int8_groups" (W4A8, one for each group of a token, those of the weights:
+            a third of the error; only cpu has kernels of its own for it). Other INT4 projections are W4A16 always.
         trainable: bind differentiable implementations, and let the weights require gradients.
         implementation: pins every operator ("reference"), for comparisons.
         ranks: how ranks of a process group share the model (`glm5_port.parallel.launch.start`); each reads its part only.
@@ -77,7 +78,7 @@ def load(
 
         def read(name: str) -> Tensor:
             nonlocal done
-            tensor = checkpoint.tensor(name, stored_dtype(name, working), cuts[name]).to(device)
+            tensor = checkpoint.tensor(name, stored_dtype(name, working, expected[name].kind), cuts[name]).to(device)
             done += 1
             if progress is not None:
                 progress(done, len(expected))

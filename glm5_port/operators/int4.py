@@ -20,17 +20,17 @@ from glm5_port.errors import InputError
 from glm5_port.operators.linear import linear, silu_and_multiply
 from glm5_port.operators.moe import expert_mlp, mix_experts
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.quant.int4 import Int4Rule, dequantize, groups_of, quantize_packed
+from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, dequantize, groups_of, quantize_packed
 from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 from glm5_port.registry import LONG_SUMS, Budget
 
 SMALLEST_ROW = 2.0**-100
-"""Rows of activations whose largest magnitude is below count as zeros, so that no scale is subnormal."""
+"""Rows (or groups) of activations whose largest magnitude is below count as zeros, so that no scale is subnormal."""
 
 REQUANTISED = Budget(
     summation=2.0**16,
     why="the values between the products become 8-bit codes: a sum that ends on the other side of k + 1/2 moves a code by one, "
-    "which is 1/254 of that row's largest value",
+    "which is 1/254 of the largest value under its scale",
 )
 """The budget of operators that quantise what they computed."""
 
@@ -281,15 +281,47 @@ def expert_mlp_int4(
     return expert_mlp.reference(hidden, route_weights, ids, gate_up, down)
 
 
-def int4_int8_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x W^T of rows quantised to 8 bits, by W = q * s unrounded, in float32 (or wider) and the dtype of x."""
-    wide = accumulation_dtype(x)
+def check_activation_groups(name: str, activation_group_size: int, group_size: int) -> None:
+    """Raises InputError unless activations have a scale a row, or one for each group of the weights."""
+    if activation_group_size not in (PER_CHANNEL, group_size):
+        raise InputError(
+            f"{name}: activations in groups of {activation_group_size}, and weights in groups of {group_size}.\n"
+            f"  activation_group_size is {PER_CHANNEL} (one scale for a whole row) or the group size of the weights."
+        )
+
+
+def check_scale_a_row(name: str, activation_group_size: int) -> None:
+    """Raises InputError for groups of activations, in implementations that know one scale a row only."""
+    if reasons := scale_a_row_reasons(activation_group_size):
+        raise InputError(f"{name}: {reasons[0]}; bind it with the facts that it is called with.")
+
+
+def scale_a_row_reasons(activation_group_size: int) -> list[str]:
+    """Why an implementation that knows one activation scale a row cannot; empty when it can."""
+    if activation_group_size == PER_CHANNEL:
+        return []
+    return [
+        f"quantises activations with one scale a row (activation group size {PER_CHANNEL}), not groups of {activation_group_size}"
+    ]
+
+
+def int4_int8_product(x: Tensor, packed: Tensor, scales: Tensor, *, by_groups: bool) -> Tensor:
+    """x W^T of rows, or groups of them, quantised to 8 bits, by W = q * s unrounded, in float32 (or wider) and the dtype of x."""
+    wide, groups = accumulation_dtype(x), scales.shape[-1]
+    weight = unpack_int4(packed).to(wide).unflatten(-1, (groups, -1)) * scales.to(wide).unsqueeze(-1)
+    if by_groups:
+        group_codes, group_scales = quantize_rows(x.unflatten(-1, (groups, -1)))
+        return F.linear((group_codes.to(wide) * group_scales.to(wide)).flatten(-2), weight.flatten(-2)).to(x.dtype)
     codes, row_scales = quantize_rows(x)
-    weight = unpack_int4(packed).to(wide).unflatten(-1, (scales.shape[-1], -1)) * scales.to(wide).unsqueeze(-1)
     return (F.linear(codes.to(wide), weight.flatten(-2)) * row_scales.to(wide)).to(x.dtype)
 
 
-@operator(facts=_EXPERT_FACTS, fake=_fake_experts, weights=_EXPERT_WEIGHTS, budget=REQUANTISED)
+@operator(
+    facts={**_EXPERT_FACTS, "activation_group_size": lambda activation_group_size=PER_CHANNEL, **_: activation_group_size},
+    fake=_fake_experts,
+    weights=_EXPERT_WEIGHTS,
+    budget=REQUANTISED,
+)
 def expert_mlp_int4_w4a8(
     hidden: Tensor,
     route_weights: Tensor,
@@ -300,12 +332,15 @@ def expert_mlp_int4_w4a8(
     down_scales: Tensor,
     *,
     group_size: int,
+    activation_group_size: int = PER_CHANNEL,
 ) -> Tensor:
     """`expert_mlp` with INT4 experts and 8-bit activations, quantised per token as they come (W4A8).
 
     Each product is (sum over the inputs of q_x * (q_w * s_w)) * s_x, rounded to the working dtype: activations as in
-    `int8_matmul`, one scale for a whole row; q_w * s_w is exact and not rounded to bfloat16. First the token's hidden state is
-    quantised, then silu(gate) * up, rounded to the working dtype, of each of its experts. Combined as in `expert_mlp`.
+    `int8_matmul`, one scale for a whole row; q_w * s_w is exact and not rounded to bfloat16. With activation_group_size g it is
+    sum over the groups j of (sum over the inputs of group j of q_x * q_w) * s_w,j * s_x,j: inputs g * j .. g * (j + 1) - 1 of a
+    row have a scale s_x,j of their own, made as that of a whole row. First the token's hidden state is quantised, then
+    silu(gate) * up, rounded to the working dtype, of each of its experts. Combined as in `expert_mlp`.
 
     Args:
         hidden: [T, D], any floating dtype.
@@ -316,24 +351,29 @@ def expert_mlp_int4_w4a8(
         down_packed: [E, D, F / 8] int32.
         down_scales: [E, D, F / g] bfloat16.
         group_size: inputs that share a scale; -1: a whole row, what the W4A8 kernels of Ascend want.
+        activation_group_size: inputs that share an activation scale; -1: a whole row, else equal to group_size.
 
     Returns:
         [T, D] in the dtype of hidden.
 
     Contract:
-        Routing as in `expert_mlp`. A token with NaN or infinity is all NaN. The products of codes of one group are whole
-        numbers: an implementation may sum them in integers. No gradients reach hidden.
+        Routing as in `expert_mlp`. A token with NaN or infinity is all NaN, in groups too: its group's scale is NaN. A row or
+        group whose largest magnitude is below 2^-100 has codes 0. The products of codes of one group are whole numbers: an
+        implementation may sum them in integers. No gradients reach hidden.
 
     Raises:
-        InputError: scales that do not fit the words and the group size.
+        InputError: scales that do not fit the words and the group size; activation groups that are not those of the weights.
 
-    Source: W4A8_DYNAMIC of vllm-ascend, the AMX and AVX-VNNI paths of kt-kernel.
+    Source: W4A8_DYNAMIC of vllm-ascend (rows), the AMX and AVX-VNNI paths of kt-kernel (rows and groups of 32).
     """
+    check_activation_groups("expert_mlp_int4_w4a8", activation_group_size, group_size)
     check_int4("expert_mlp_int4_w4a8, gate_up", gate_up_packed, gate_up_scales, group_size)
     check_int4("expert_mlp_int4_w4a8, down", down_packed, down_scales, group_size)
 
+    by_groups = activation_group_size != PER_CHANNEL
+
     def result_of(expert: int) -> Tensor:
-        gate_up = int4_int8_product(hidden, gate_up_packed[expert], gate_up_scales[expert])
-        return int4_int8_product(silu_and_multiply(gate_up), down_packed[expert], down_scales[expert])
+        gate_up = int4_int8_product(hidden, gate_up_packed[expert], gate_up_scales[expert], by_groups=by_groups)
+        return int4_int8_product(silu_and_multiply(gate_up), down_packed[expert], down_scales[expert], by_groups=by_groups)
 
     return mix_experts(hidden, route_weights, ids, gate_up_packed.shape[0], result_of)

@@ -72,10 +72,17 @@ def product(isa: str, packed: Tensor, scales: Tensor, group_size: int = 32) -> C
 
 
 def experts(
-    isa: str, count: int, width: int, between: int, *, group_size: int = 32, operator: Operator = expert_mlp_int4
+    isa: str,
+    count: int,
+    width: int,
+    between: int,
+    *,
+    group_size: int = 32,
+    operator: Operator = expert_mlp_int4,
+    **more: int,
 ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict[str, Any]]:
-    """The mixture, and the canonical weights it was prepared from."""
-    weights: dict[str, Any] = {"group_size": group_size}
+    """The mixture, and the canonical weights it was prepared from, with the arguments that it is called with."""
+    weights: dict[str, Any] = {"group_size": group_size, **more}
     for name, shape, seed in (("gate_up", (count, 2 * between, width), 2), ("down", (count, width, between), 3)):
         weights[f"{name}_packed"], weights[f"{name}_scales"] = weight(*shape, group_size=group_size, seed=seed)
     implementation = operator.implementations[f"cpu/{isa}"]
@@ -84,7 +91,7 @@ def experts(
     for expert in range(count):
         preparation.add(expert, {name: weights[name][expert] for name in operator.weights})
     prepared = preparation.finish()
-    return lambda *call: implementation.function(*call, group_size=group_size, **prepared), weights
+    return lambda *call: implementation.function(*call, group_size=group_size, **more, **prepared), weights
 
 
 def routing(tokens: int, choices: int, count: int, seed: int = 4) -> tuple[Tensor, Tensor]:
@@ -300,12 +307,19 @@ def test_a_layer_takes_the_bytes_of_the_canonical_one() -> None:
 
 @each_isa
 @each_dtype
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize(
-    ("width", "between", "group_size"), [(64, 32, 32), (72, 40, 8), (72, 40, PER_CHANNEL), (160, 96, 32), (128, 64, 64)]
+    ("width", "between", "group_size"),
+    [(64, 32, 32), (72, 40, 8), (72, 40, PER_CHANNEL), (160, 96, 32), (288, 192, 96), (1120, 352, PER_CHANNEL), (640, 320, 320)],
 )
-def test_w4a8_mixtures_of_every_size(isa: str, dtype: torch.dtype, width: int, between: int, group_size: int) -> None:
+def test_w4a8_mixtures_of_every_size(
+    isa: str, dtype: torch.dtype, width: int, between: int, group_size: int, groups: bool
+) -> None:
     """Held against the operator in the same dtype: rounding to 8 bits hardly ever falls differently."""
-    mixture, weights = experts(isa, 6, width, between, group_size=group_size, operator=expert_mlp_int4_w4a8)
+    size = group_size if groups else PER_CHANNEL
+    mixture, weights = experts(
+        isa, 6, width, between, group_size=group_size, operator=expert_mlp_int4_w4a8, activation_group_size=size
+    )
     for tokens in (0, 1, 2, 9, 60):
         hidden, call = random(tokens, width, dtype=dtype), routing(tokens, 3, 6)
         expected = expert_mlp_int4_w4a8.reference(hidden, *call, **weights)

@@ -37,7 +37,7 @@ from glm5_port.backends.cuda.matmul import (
 from glm5_port.backends.cuda.triton_support import assume, recording
 from glm5_port.dispatch import Operator
 from glm5_port.errors import InputError
-from glm5_port.operators.int4 import expert_mlp_int4, int4_matmul, int4_quantize, int8_matmul
+from glm5_port.operators.int4 import expert_mlp_int4, expert_mlp_int4_w4a8, int4_matmul, int4_quantize, int8_matmul
 from glm5_port.operators.linear import linear, linear_per_head
 from glm5_port.operators.moe import expert_mlp, route_experts
 from glm5_port.operators.norm import rms_norm
@@ -130,6 +130,11 @@ REASONS: list[tuple[Operator, dict[str, Any], str]] = [
         expert_mlp_int4,
         {"width": 64, "width_between": 32, "experts": 4, "top_k": 8, "group_size": 24},
         "multiple of 32 weights, or whole rows (-1), not of 24",
+    ),
+    (
+        expert_mlp_int4_w4a8,
+        {"width": 64, "width_between": 32, "experts": 4, "top_k": 8, "group_size": 32, "activation_group_size": 32},
+        "one scale a row (activation group size -1), not groups of 32",
     ),
     (
         route_experts,

@@ -117,7 +117,12 @@ BREAKING: dict[str, dict[str, dict[str, Any]]] = {
     "int8_matmul/aclnn": {"dtype": {"dtype": torch.float32}, "widths": {"width_out": 65536}},
     "expert_mlp/aclnn": {"dtype": DTYPE, **_EXPERTS},
     "expert_mlp_int4/aclnn": {"dtype": {"dtype": torch.float16}, **_PACKED},
-    "expert_mlp_int4_w4a8/aclnn": {"dtype": {"dtype": torch.float32}, **_PACKED, "group size": {"group_size": 128}},
+    "expert_mlp_int4_w4a8/aclnn": {
+        "dtype": {"dtype": torch.float32},
+        **_PACKED,
+        "group size": {"group_size": 128},
+        "activation groups": {"activation_group_size": 128},
+    },
 }
 GLM5 = {
     "sparse_mla_attention/aclnn_int8": {"cache_format": "int8"},

@@ -53,7 +53,11 @@ def test_generate_is_what_python_gives(command_line, checkpoint: Path, portable_
 def test_int4_experts_take_8_bit_activations(command_line, tmp_path: Path) -> None:
     directory = int4_export(tmp_path, ())
     arguments = ("generate", str(directory), "--ids", "3,1,4", "--max-new-tokens", "2", "--json")
-    for value, operator in (("int8", "expert_mlp_int4_w4a8"), ("wide", "expert_mlp_int4")):
+    for value, operator in (
+        ("int8", "expert_mlp_int4_w4a8"),
+        ("int8_groups", "expert_mlp_int4_w4a8"),
+        ("wide", "expert_mlp_int4"),
+    ):
         done = command_line(*arguments, "--int4-activations", value)
         assert done.code == 0, done.err
         assert operator in {decision["operator"] for decision in json.loads(done.out)["decisions"]}

@@ -197,15 +197,20 @@ def test_a_projection_that_is_not_what_config_json_says(tmp_path: Path) -> None:
 
 def test_experts_multiply_with_8_bits_when_asked_to(tmp_path: Path) -> None:
     directory = int4_export(tmp_path, ())
-    wide, narrow = (glm5_port.load(directory, backend="cpu", dtype="float32", int4_activations=a) for a in (None, "int8"))
+    wide, narrow, groups = (
+        glm5_port.load(directory, backend="cpu", dtype="float32", int4_activations=a) for a in (None, "int8", "int8_groups")
+    )
     assert wide.int4_activations == "wide"
     assert "expert_mlp_int4" in operators(wide)
     assert "expert_mlp_int4_w4a8" not in operators(wide)
     assert "expert_mlp_int4_w4a8" in operators(narrow)
     assert "expert_mlp_int4" not in operators(narrow)
+    assert operators(groups) == operators(narrow)
     tokens = torch.tensor(PROMPTS[:1])
     with torch.no_grad():
         difference = (narrow(tokens) - wide(tokens)).abs()
+        assert 1e-4 < (groups(tokens) - wide(tokens)).abs().max() < 1.0
+        assert not torch.equal(groups(tokens), narrow(tokens))
     assert 1e-4 < difference.max() < 1.0, "8 bits are seen, and are not another model"
     reference = glm5_port.load(directory, backend="cpu", dtype="float32", int4_activations="int8", implementation="reference")
     with torch.no_grad():
@@ -214,8 +219,9 @@ def test_experts_multiply_with_8_bits_when_asked_to(tmp_path: Path) -> None:
 
 def test_8_bits_for_what_has_no_int4_experts(tmp_path: Path) -> None:
     source = int4_source(tmp_path / "source")
-    with pytest.raises(InputError, match="without INT4 experts"):
-        glm5_port.load(source, backend="cpu", int4_activations="int8")
+    for activations in ("int8", "int8_groups"):
+        with pytest.raises(InputError, match=f"int4_activations={activations} was asked for a checkpoint without INT4 experts"):
+            glm5_port.load(source, backend="cpu", int4_activations=activations)
     with pytest.raises(InputError, match="did you mean int8"):
         glm5_port.load(source, backend="cpu", int4_activations="int")
 

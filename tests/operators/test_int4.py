@@ -227,18 +227,19 @@ def test_int4_experts_are_experts_of_the_decoded_weights(mixture: Callable[..., 
         torch.testing.assert_close(mixture(**arguments), expected)
 
 
-@pytest.mark.parametrize("group_size", [8, PER_CHANNEL])
+@pytest.mark.parametrize(("group_size", "activation_group_size"), [(8, PER_CHANNEL), (8, 8), (PER_CHANNEL, PER_CHANNEL)])
 @w4a8_mixtures
-def test_w4a8_experts_by_hand(mixture: Callable[..., Tensor], group_size: int) -> None:
+def test_w4a8_experts_by_hand(mixture: Callable[..., Tensor], group_size: int, activation_group_size: int) -> None:
     """Token by token, with integer sums of each group."""
-    arguments = mixing(7, group_size=group_size)
+    arguments = mixing(7, group_size=group_size) | {"activation_group_size": activation_group_size}
 
     def product(row: Tensor, name: str, expert: int) -> Tensor:
-        scale = row.abs().max() / 127
-        codes = (row / scale).round().long()
+        size = row.numel() if activation_group_size == PER_CHANNEL else activation_group_size
+        steps = (row.unflatten(0, (-1, size)).abs().amax(1) / 127).repeat_interleave(size)
+        codes = (row / steps).round().long()
         weight, scales = unpack_int4(arguments[f"{name}_packed"][expert]).long(), arguments[f"{name}_scales"][expert]
         sums = (weight * codes).unflatten(1, (scales.shape[1], -1)).sum(-1)
-        return (sums * scales.double()).sum(1).float() * scale
+        return (sums * scales.double() * steps[:: row.numel() // scales.shape[1]].double()).sum(1).float()
 
     expected = torch.zeros(7, 32)
     for token, row in enumerate(arguments["ids"].tolist()):
@@ -256,6 +257,30 @@ def test_w4a8_is_near_w4a16_and_not_equal(mixture: Callable[..., Tensor]) -> Non
     ours, wide = mixture(**arguments), expert_mlp.reference(**decoded(arguments))
     error = ((ours - wide).square().mean() / wide.square().mean()).sqrt()
     assert 0.001 < error < 0.03
+
+
+@w4a8_mixtures
+def test_groups_of_activations_lose_less_than_rows(mixture: Callable[..., Tensor]) -> None:
+    """Most where an input is far larger than the others: only its own group has coarse steps."""
+    gate_up, down = stored(2, 256, 256), stored(2, 256, 128)
+    arguments = mixing(40, 2) | {"hidden": torch.randn(40, 256), "group_size": 32}
+    for name, (packed, scales) in {"gate_up": gate_up, "down": down}.items():
+        arguments |= {f"{name}_packed": packed, f"{name}_scales": scales}
+    for largest, aim, times in ((1, 0.015, 1.2), (30, 0.025, 2)):
+        arguments["hidden"][:, 3] *= largest
+        wide = expert_mlp.reference(**decoded(arguments))
+        results = (mixture(**arguments, activation_group_size=size) for size in (PER_CHANNEL, 32))
+        rows, groups = (float((ours - wide).norm() / wide.norm()) for ours in results)
+        assert groups < aim
+        assert groups * times < rows
+
+
+@w4a8_mixtures
+def test_activation_groups_are_those_of_the_weights(mixture: Callable[..., Tensor]) -> None:
+    with pytest.raises(InputError, match="activations in groups of 16, and weights in groups of 8"):
+        mixture(**mixing(2), activation_group_size=16)
+    with pytest.raises(InputError, match="activations in groups of 8, and weights in groups of -1"):
+        mixture(**mixing(2, group_size=PER_CHANNEL), activation_group_size=8)
 
 
 @pytest.mark.parametrize("operator", [expert_mlp_int4, expert_mlp_int4_w4a8])
@@ -352,6 +377,7 @@ def test_both_doors(monkeypatch: pytest.MonkeyPatch, canonical_weights: None) ->
         (expert_mlp_int4, mixing(0, dtype=torch.bfloat16)),
         (expert_mlp_int4_w4a8, mixing()),
         (expert_mlp_int4_w4a8, mixing(0, dtype=torch.bfloat16)),
+        (expert_mlp_int4_w4a8, mixing() | {"activation_group_size": 8}),
     ]
     for operator, arguments in calls:
         check_compiles(operator, arguments)

@@ -210,8 +210,12 @@ MUTANTS = (
     Mutant("expert_mlp_int4", "group size ignored", {"gate_up_packed, gate_up_scales, group_size=group_size)": "gate_up_packed, gate_up_scales[..., :1].expand(gate_up_scales.shape), group_size=group_size)"}),
     Mutant("expert_mlp_int4_w4a8", "gate and up swapped", {"silu_and_multiply(gate_up)": "silu_and_multiply(gate_up.roll(gate_up.shape[1] // 2, 1))"}),
     Mutant("expert_mlp_int4_w4a8", "activations not quantised", {"codes, row_scales = quantize_rows(x)": "codes, row_scales = x, torch.ones(x.shape[0], 1)"}),
+    Mutant("expert_mlp_int4_w4a8", "groups have the row's scale", {"if by_groups:": "if by_groups and False:"}),
+    Mutant("expert_mlp_int4_w4a8", "scales of the activation groups reversed", {"group_scales.to(wide)).flatten(-2)": "group_scales.to(wide).flip(-2)).flatten(-2)"}),
+    Mutant("expert_mlp_int4_w4a8", "values between have one scale a row", {
+        "down_packed[expert], down_scales[expert], by_groups=by_groups)": "down_packed[expert], down_scales[expert], by_groups=False)"}),
     Mutant("expert_mlp_int4_w4a8", "values between the products not quantised", {
-        "int4_int8_product(silu_and_multiply(gate_up), down_packed[expert], down_scales[expert])":
+        "int4_int8_product(silu_and_multiply(gate_up), down_packed[expert], down_scales[expert], by_groups=by_groups)":
         "linear.reference(silu_and_multiply(gate_up), dequantize(unpack_int4(down_packed[expert]), down_scales[expert]))"}),
     Mutant("expert_mlp_int4_w4a8", "scales of the groups reversed", {"scales.to(wide).unsqueeze(-1)": "scales.to(wide).flip(-1).unsqueeze(-1)"}),
     Mutant("expert_mlp_int4_w4a8", "activation scale left out", {"* row_scales.to(wide)": "+ 0 * row_scales.to(wide)"}),

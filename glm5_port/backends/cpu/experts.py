@@ -7,6 +7,7 @@ Shape legend: T tokens; D hidden size; F intermediate size of one expert; E expe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from glm5_port.backends.cpu.extension import MATRIX, kernels, native, rows_of, t
 from glm5_port.backends.cpu.matmul import UNIT, check_width, fill_panels, panel_shapes
 from glm5_port.errors import InputError
 from glm5_port.memory import zeros
-from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
+from glm5_port.operators.int4 import check_activation_groups, check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
 from glm5_port.operators.linear import gated_mlp
 from glm5_port.operators.moe import expert_mlp
+from glm5_port.quant.int4 import PER_CHANNEL
 
 
 class PanelExperts:
@@ -57,22 +59,68 @@ class PanelExperts:
         return {**self._tensors, "width_between": self._width_between}
 
 
-def _fake_experts(
-    hidden: Tensor,
-    route_weights: Tensor,
-    ids: Tensor,
-    *,
-    group_size: int,
-    gate_up_codes: Tensor,
-    gate_up_panel_scales: Tensor,
-    down_codes: Tensor,
-    down_panel_scales: Tensor,
-    width_between: int,
-) -> Tensor:
+def _fake_experts(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(hidden)
 
 
-def _int4_experts(isa: int, *, int8_activations: bool) -> Callable[..., Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Panels:
+    """What `PanelExperts` prepares."""
+
+    gate_up_codes: Tensor
+    gate_up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+    width_between: int
+    group_size: int
+
+
+def _int4_experts(
+    isa: int,
+    hidden: Tensor,
+    route_weights: Tensor,
+    ids: Tensor,
+    panels: _Panels,
+    *,
+    int8_activations: bool = False,
+    activation_groups: bool = False,
+) -> Tensor:
+    tokens, width = hidden.shape
+    (_, units, *_), _ = panel_shapes(panels.width_between, width, panels.group_size)
+    check_width("experts on cpu", units * UNIT, panels.gate_up_codes.shape[3] * UNIT)
+    hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
+    y_TD = torch.empty((tokens, width), dtype=hidden.dtype)
+    kernels().int4_experts(
+        isa,
+        int8_activations,
+        activation_groups,
+        hidden_TD.data_ptr(),
+        hidden.dtype == torch.bfloat16,
+        tokens,
+        hidden_TD.stride(0),
+        weights_Tk.data_ptr(),
+        ids_Tk.data_ptr(),
+        ids.shape[1],
+        panels.gate_up_codes.shape[0],
+        panels.gate_up_codes.data_ptr(),
+        panels.gate_up_scales.data_ptr(),
+        panels.down_codes.data_ptr(),
+        panels.down_scales.data_ptr(),
+        width,
+        panels.width_between,
+        panels.group_size,
+        y_TD.data_ptr(),
+        threads(),
+    )
+    return y_TD
+
+
+def _routed(hidden: Tensor, route_weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return rows_of(hidden), route_weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+
+
+@native(expert_mlp_int4, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
+def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
     def run(
         hidden: Tensor,
         route_weights: Tensor,
@@ -85,49 +133,33 @@ def _int4_experts(isa: int, *, int8_activations: bool) -> Callable[..., Tensor]:
         down_panel_scales: Tensor,
         width_between: int,
     ) -> Tensor:
-        tokens, width = hidden.shape
-        (_, units, *_), _ = panel_shapes(width_between, width, group_size)
-        check_width("experts on cpu", units * UNIT, gate_up_codes.shape[3] * UNIT)
-        hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
-        y_TD = torch.empty((tokens, width), dtype=hidden.dtype)
-        kernels().int4_experts(
-            isa,
-            int8_activations,
-            hidden_TD.data_ptr(),
-            hidden.dtype == torch.bfloat16,
-            tokens,
-            hidden_TD.stride(0),
-            weights_Tk.data_ptr(),
-            ids_Tk.data_ptr(),
-            ids.shape[1],
-            gate_up_codes.shape[0],
-            gate_up_codes.data_ptr(),
-            gate_up_panel_scales.data_ptr(),
-            down_codes.data_ptr(),
-            down_panel_scales.data_ptr(),
-            width,
-            width_between,
-            group_size,
-            y_TD.data_ptr(),
-            threads(),
-        )
-        return y_TD
+        panels = _Panels(gate_up_codes, gate_up_panel_scales, down_codes, down_panel_scales, width_between, group_size)
+        return _int4_experts(isa, hidden, route_weights, ids, panels)
 
     return run
 
 
-def _routed(hidden: Tensor, route_weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return rows_of(hidden), route_weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
-
-
-@native(expert_mlp_int4, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
-def expert_mlp_int4_native(isa: int) -> Callable[..., Tensor]:
-    return _int4_experts(isa, int8_activations=False)
-
-
 @native(expert_mlp_int4_w4a8, isas=MATRIX, prepare=PanelExperts, fake=_fake_experts)
 def expert_mlp_int4_w4a8_native(isa: int) -> Callable[..., Tensor]:
-    return _int4_experts(isa, int8_activations=True)
+    def run(
+        hidden: Tensor,
+        route_weights: Tensor,
+        ids: Tensor,
+        *,
+        group_size: int,
+        activation_group_size: int = PER_CHANNEL,
+        gate_up_codes: Tensor,
+        gate_up_panel_scales: Tensor,
+        down_codes: Tensor,
+        down_panel_scales: Tensor,
+        width_between: int,
+    ) -> Tensor:
+        check_activation_groups("expert_mlp_int4_w4a8", activation_group_size, group_size)
+        panels = _Panels(gate_up_codes, gate_up_panel_scales, down_codes, down_panel_scales, width_between, group_size)
+        groups = activation_group_size != PER_CHANNEL
+        return _int4_experts(isa, hidden, route_weights, ids, panels, int8_activations=True, activation_groups=groups)
+
+    return run
 
 
 # -- weights in floating point -------------------------------------------------------------------------------------------

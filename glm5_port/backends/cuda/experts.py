@@ -27,9 +27,15 @@ from glm5_port.backends.cuda.matmul import (
 )
 from glm5_port.backends.cuda.triton_support import kernels, launch, power_of_two, rows_of, triton
 from glm5_port.errors import InputError
-from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
+from glm5_port.operators.int4 import (
+    check_int4,
+    check_scale_a_row,
+    expert_mlp_int4,
+    expert_mlp_int4_w4a8,
+    scale_a_row_reasons,
+)
 from glm5_port.operators.moe import expert_mlp
-from glm5_port.quant.int4 import groups_of
+from glm5_port.quant.int4 import PER_CHANNEL, groups_of
 
 CHUNK = 1024
 """Routed rows that are looked at together."""
@@ -202,17 +208,11 @@ def _int4_not_supported(*, group_size: int, **facts: Any) -> list[str]:
     return _not_supported(**facts) + group_reasons(group_size)
 
 
-def _fake_experts(
-    hidden: Tensor,
-    route_weights: Tensor,
-    ids: Tensor,
-    *,
-    group_size: int,
-    gate_up_words: Tensor,
-    gate_up_group_scales: Tensor,
-    down_words: Tensor,
-    down_group_scales: Tensor,
-) -> Tensor:
+def _w4a8_not_supported(*, activation_group_size: int, **facts: Any) -> list[str]:
+    return _int4_not_supported(**facts) + scale_a_row_reasons(activation_group_size)
+
+
+def _fake_experts(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(hidden)
 
 
@@ -304,18 +304,20 @@ def expert_mlp_int4_triton(
     return _int4_experts(hidden, route_weights, ids, weights, int8_activations=False)
 
 
-@triton(expert_mlp_int4_w4a8, not_supported=_int4_not_supported, prepare=TiledExperts, fake=_fake_experts)
+@triton(expert_mlp_int4_w4a8, not_supported=_w4a8_not_supported, prepare=TiledExperts, fake=_fake_experts)
 def expert_mlp_int4_w4a8_triton(
     hidden: Tensor,
     route_weights: Tensor,
     ids: Tensor,
     *,
     group_size: int,
+    activation_group_size: int = PER_CHANNEL,
     gate_up_words: Tensor,
     gate_up_group_scales: Tensor,
     down_words: Tensor,
     down_group_scales: Tensor,
 ) -> Tensor:
     """Codes of one group multiply and sum as whole numbers."""
+    check_scale_a_row("expert_mlp_int4_w4a8 on cuda", activation_group_size)
     weights = Int4Weights(gate_up_words, gate_up_group_scales, down_words, down_group_scales, group_size)
     return _int4_experts(hidden, route_weights, ids, weights, int8_activations=True)

@@ -25,8 +25,9 @@ from glm5_port.backends.npu.quantised import SCALES_ARE_BFLOAT16, pack_for_npu, 
 from glm5_port.backends.npu.routing import sort_by_expert, weigh_and_sum
 from glm5_port.backends.npu.rules import Needs, Rule, aclnn, call, dtype_among
 from glm5_port.errors import InputError
-from glm5_port.operators.int4 import check_int4, expert_mlp_int4, expert_mlp_int4_w4a8
+from glm5_port.operators.int4 import check_int4, check_scale_a_row, expert_mlp_int4, expert_mlp_int4_w4a8
 from glm5_port.operators.moe import expert_mlp
+from glm5_port.quant.int4 import PER_CHANNEL
 
 _SIZES = (
     Rule("groups", "multiplies by 2 to 1024 experts, not {experts}", lambda *, experts, **_: 2 <= experts <= 1024),
@@ -41,10 +42,15 @@ _PACKED_WIDTHS = Rule(
     "packs eight codes along the outputs: widths in whole 8s and whole 4s between, not {width} and {width_between}",
     lambda *, width, width_between, **_: width % 8 == 0 and (2 * width_between) % 8 == 0,
 )
-PER_CHANNEL = Rule(
+SCALE_PER_OUTPUT = Rule(
     "group size",
     "takes one scale for each output (group size -1), not groups of {group_size}: vllm-ascend has given up groups here too",
-    lambda *, group_size, **_: group_size == -1,
+    lambda *, group_size, **_: group_size == PER_CHANNEL,
+)
+SCALE_PER_ROW = Rule(
+    "activation groups",
+    "npu_dynamic_quant makes one activation scale a row (activation group size -1), not groups of {activation_group_size}",
+    lambda *, activation_group_size, **_: activation_group_size == PER_CHANNEL,
 )
 
 
@@ -187,7 +193,7 @@ def _w4a8_weights(facts: Mapping[str, Any]) -> PackedExperts:
     expert_mlp_int4_w4a8,
     Needs(
         (INIT_ROUTING, GROUPED_MATMUL, SWIGLU, INT4PACK, DYNAMIC_QUANT),
-        (dtype_among(*HALF), *_SIZES, _PACKED_WIDTHS, PER_CHANNEL),
+        (dtype_among(*HALF), *_SIZES, _PACKED_WIDTHS, SCALE_PER_OUTPUT, SCALE_PER_ROW),
     ),
     prepare=_w4a8_weights,
     fake=_fake,
@@ -198,6 +204,7 @@ def expert_mlp_int4_w4a8_aclnn(
     ids: Tensor,
     *,
     group_size: int,
+    activation_group_size: int = PER_CHANNEL,
     gate_up_words: Tensor,
     gate_up_scales: Tensor,
     gate_up_bias: Tensor,
@@ -205,6 +212,8 @@ def expert_mlp_int4_w4a8_aclnn(
     down_scales: Tensor,
     down_bias: Tensor,
 ) -> Tensor:
+    check_scale_a_row("expert_mlp_int4_w4a8 on npu", activation_group_size)
+
     def product(words: Tensor, scales: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         def run(rows: Tensor, counts: Tensor) -> Tensor:
             codes, row_scales = quantise_rows(rows)

@@ -1,12 +1,13 @@
 """Portable quantised products. Weights are decoded a block of rows or an expert at a time, never as a whole.
 
 Shape legend: T tokens; D hidden size; F intermediate size of one expert; E experts; k choices per token; C blocks taken at
-once; B rows of a block; ... any leading dimensions.
+once; B rows of a block; G groups of a row; ... any leading dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from glm5_port.backends.torch.chunks import chunk_size, recomputed, spans, wants_gradient
 from glm5_port.backends.torch.moe import combine, cut_into_blocks
 from glm5_port.operators.int4 import (
+    check_activation_groups,
     check_int4,
     expert_mlp_int4,
     expert_mlp_int4_w4a8,
@@ -26,7 +28,7 @@ from glm5_port.operators.int4 import (
 )
 from glm5_port.operators.linear import silu_and_multiply
 from glm5_port.operators.norm import accumulation_dtype
-from glm5_port.quant.int4 import Int4Rule, dequantize_packed, quantize_packed
+from glm5_port.quant.int4 import PER_CHANNEL, Int4Rule, dequantize_packed, groups_of, quantize_packed
 from glm5_port.quant.packing import CODES_PER_WORD, unpack_int4
 from glm5_port.registry import PORTABLE
 
@@ -152,23 +154,31 @@ def expert_mlp_int4_eager(
 
 
 def _codes_by_expert(
-    codes_CBI: Tensor, row_scales_CB1: Tensor, packed: Tensor, scales: Tensor, experts_C: Tensor, wide: torch.dtype
+    codes_CBGI: Tensor, steps_CBG1: Tensor, packed: Tensor, scales: Tensor, experts_C: Tensor, wide: torch.dtype
 ) -> Tensor:
-    """Quantised rows by their blocks' experts, q * s unrounded."""
+    """Quantised rows by their blocks' experts, q * s unrounded: one scale a row (G = 1), or one for each group of the weights."""
     weight_COI = unpack_int4(packed[experts_C]).to(wide)
     weight_COI.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[experts_C].to(wide).unsqueeze(-1))
-    return (codes_CBI.to(wide) @ weight_COI.transpose(1, 2)) * row_scales_CB1.to(wide)
+    codes, steps = codes_CBGI.to(wide), steps_CBG1.to(wide)
+    if codes.shape[2] == 1:
+        return (codes.squeeze(2) @ weight_COI.transpose(1, 2)) * steps.squeeze(2)
+    return (codes * steps).flatten(2) @ weight_COI.transpose(1, 2)
+
+
+def _quantized(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Codes [..., G, I] and scales [..., G, 1] of groups of `size`; -1: of whole rows, G = 1."""
+    return quantize_rows(x.unflatten(-1, (groups_of(x.shape[-1], size)[0], -1)))
 
 
 def _compute_w4a8(
-    rows: tuple[Tensor, Tensor, Tensor], tokens_CB: Tensor, experts_C: Tensor, weights: tuple[Tensor, ...]
+    rows: tuple[Tensor, Tensor, Tensor], tokens_CB: Tensor, experts_C: Tensor, weights: tuple[Tensor, ...], *, size: int
 ) -> Tensor:
-    codes, row_scales, like = rows
+    codes, steps, like = rows
     gate_up_packed, gate_up_scales, down_packed, down_scales = weights
     wide = accumulation_dtype(like)
-    gate_up_CBF = _codes_by_expert(codes[tokens_CB], row_scales[tokens_CB], gate_up_packed, gate_up_scales, experts_C, wide)
-    between_CBF, between_scales = quantize_rows(silu_and_multiply(gate_up_CBF.to(like.dtype)))
-    return _codes_by_expert(between_CBF, between_scales, down_packed, down_scales, experts_C, wide)
+    gate_up_CBF = _codes_by_expert(codes[tokens_CB], steps[tokens_CB], gate_up_packed, gate_up_scales, experts_C, wide)
+    between = _quantized(silu_and_multiply(gate_up_CBF.to(like.dtype)), size)
+    return _codes_by_expert(*between, down_packed, down_scales, experts_C, wide)
 
 
 @expert_mlp_int4_w4a8.implement(PORTABLE, variant="eager", promises=("deterministic",))
@@ -182,9 +192,14 @@ def expert_mlp_int4_w4a8_eager(
     down_scales: Tensor,
     *,
     group_size: int,
+    activation_group_size: int = PER_CHANNEL,
 ) -> Tensor:
-    """Codes multiply in float32: sums of one group are exact, as integers would be. Memory as `expert_mlp_int4_eager`."""
+    """Codes multiply in float32: under one scale a row, sums of one group are exact, as integers would be. Memory as
+    `expert_mlp_int4_eager`."""
+    check_activation_groups("expert_mlp_int4_w4a8", activation_group_size, group_size)
     check_int4("expert_mlp_int4_w4a8, gate_up", gate_up_packed, gate_up_scales, group_size)
     check_int4("expert_mlp_int4_w4a8, down", down_packed, down_scales, group_size)
     weights = (gate_up_packed, gate_up_scales, down_packed, down_scales)
-    return _in_blocks(_compute_w4a8, (*quantize_rows(hidden), hidden.detach()), ids, route_weights, weights, hidden.dtype)
+    compute = partial(_compute_w4a8, size=activation_group_size)
+    rows = (*_quantized(hidden, activation_group_size), hidden.detach())
+    return _in_blocks(compute, rows, ids, route_weights, weights, hidden.dtype)

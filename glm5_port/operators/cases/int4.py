@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -298,4 +299,32 @@ def expert_cases() -> Iterator[Case]:
 
 
 suite(expert_mlp_int4, rows=("hidden", "route_weights", "ids"))(expert_cases)
-suite(expert_mlp_int4_w4a8, rows=("hidden", "route_weights", "ids"))(expert_cases)
+
+
+@suite(expert_mlp_int4_w4a8, rows=("hidden", "route_weights", "ids"))
+def expert_w4a8_cases() -> Iterator[Case]:
+    def in_groups(case: Case) -> Case:
+        def arguments(make: Make) -> dict[str, Any]:
+            made = case.build(make)
+            return {**made, "activation_group_size": made["group_size"]}
+
+        return replace(case, name=f"{case.name}_in_groups", build=arguments)
+
+    def unequal_groups(make: Make) -> dict[str, Any]:
+        """Groups of very different sizes, some of zeros or below 2^-100: one scale for a row would lose most of them."""
+        made = cases["one_expert"].build(make)
+        made["hidden"][:, 32:] *= 2.0**-9
+        made["hidden"][1, :32] = 0.0
+        made["hidden"][2, 32:] *= 2.0**-110
+        made["hidden"][3, :32] *= 2.0**-110
+        made["hidden"][4, 40] = float("inf")
+        return made
+
+    cases = {case.name: case for case in expert_cases()}
+    yield from cases.values()
+    for name in (
+        "no_tokens", "one_token", "group_8", "group_64", "every_code", "many_rows_per_expert", "some_experts_get_nothing",
+        "ids_out_of_range", "bad_and_quiet_tokens", "glm5_experts",
+    ):  # fmt: skip
+        yield in_groups(cases[name])
+    yield in_groups(Case("unequal_groups", unequal_groups))

@@ -32,7 +32,7 @@ void prepare_int4(Address packed, Address scales, int64_t row_bytes, int64_t row
 }
 
 // gate and up of INT4 experts lie one behind the other, then those of the next expert.
-void int4_experts(int isa, bool int8_activations, Address hidden, bool is_bf16, int64_t tokens, int64_t stride, Address route_weights,
+void int4_experts(int isa, bool int8_activations, bool activation_groups, Address hidden, bool is_bf16, int64_t tokens, int64_t stride, Address route_weights,
                   Address ids, int64_t choices, int64_t experts, Address gate_up_codes, Address gate_up_scales, Address down_codes,
                   Address down_scales, int64_t width, int64_t between, int64_t group, Address y, int threads) {
   Int4Weight gate = int4_weight(gate_up_codes, gate_up_scales, between, width, group), up = gate;
@@ -47,7 +47,7 @@ void int4_experts(int isa, bool int8_activations, Address hidden, bool is_bf16, 
   const MatmulKernels& kernels = kernels_of(isa);
   (int8_activations ? kernels.int4_int8_experts : kernels.int4_experts)({at<void>(hidden), is_bf16, tokens, stride, at<float>(route_weights),
                                                                          at<int32_t>(ids), choices, experts, gate, up, down, at<void>(y),
-                                                                         threads});
+                                                                         threads, activation_groups});
 }
 
 // Strides in elements; `up` begins where the gate's `between` rows end.

@@ -13,7 +13,13 @@ struct Bytes {
   __m512i v;
   static Bytes load(const void* from) { return {_mm512_loadu_si512(from)}; }
   static Bytes broadcast(int8_t x) { return {_mm512_set1_epi8(x)}; }
-  // Sixteen bytes, again and again.
+  void store(void* to) const { _mm512_storeu_si512(to, v); }
+  // Four bytes, or sixteen, again and again.
+  static Bytes broadcast_four(const void* from) {
+    int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return {_mm512_set1_epi32(four)};
+  }
   static Bytes broadcast_sixteen(const void* from) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)))}; }
 };
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -24,15 +30,20 @@ inline I32 add_products(I32 sum, Bytes small, Bytes b) { return {_mm512_dpbusd_e
 // more, and 128 times the other side must be taken back.
 constexpr int8_t stored_flip = -128;
 inline I32 add_stored_products(I32 sum, Bytes stored, Bytes b) { return {_mm512_dpbusd_epi32(sum.v, stored.v, b.v)}; }
-// Scale r in each number of lane r.
-inline F32 spread(const bf16* scales) {
-  const __m512i four = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
-  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 0x10001, 0x10001, 0x10001, 0x10001, 0x20002, 0x20002, 0x20002, 0x20002, 0x30003,
-                                         0x30003, 0x30003, 0x30003);
-  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, lane, four))};
+// Four vectors, lane by lane: word q of a lane of `turned[i]` is word i of that lane of vector q.
+inline void turn_lanes(Bytes a, Bytes b, Bytes c, Bytes d, Bytes* turned) {
+  const __m512i low01 = _mm512_unpacklo_epi32(a.v, b.v), high01 = _mm512_unpackhi_epi32(a.v, b.v);
+  const __m512i low23 = _mm512_unpacklo_epi32(c.v, d.v), high23 = _mm512_unpackhi_epi32(c.v, d.v);
+  turned[0].v = _mm512_unpacklo_epi64(low01, low23);
+  turned[1].v = _mm512_unpackhi_epi64(low01, low23);
+  turned[2].v = _mm512_unpacklo_epi64(high01, high23);
+  turned[3].v = _mm512_unpackhi_epi64(high01, high23);
 }
-// x in the first number of every lane, zeros behind.
-inline I32 in_first(int32_t x) { return {_mm512_maskz_set1_epi32(0x1111, x)}; }
+// Numbers of outputs in their order to the order of turned lanes, where number 4r + q is that of row r of vector q; and back.
+inline F32 to_strip_order(F32 a) {
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), a.v)};
+}
+inline F32 to_output_order(F32 a) { return to_strip_order(a); }
 
 #else
 
@@ -41,6 +52,12 @@ struct Bytes {
   __m256i v;
   static Bytes load(const void* from) { return {_mm256_loadu_si256(static_cast<const __m256i*>(from))}; }
   static Bytes broadcast(int8_t x) { return {_mm256_set1_epi8(x)}; }
+  void store(void* to) const { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+  static Bytes broadcast_four(const void* from) {
+    int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return {_mm256_set1_epi32(four)};
+  }
   static Bytes broadcast_sixteen(const void* from) {
     return {_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)))};
   }
@@ -59,8 +76,16 @@ inline I32 add_stored_products(I32 sum, Bytes a, Bytes b) {
   const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even(a.v), even(b.v)), _mm256_madd_epi16(odd(a.v), odd(b.v)));
   return {_mm256_add_epi32(sum.v, both)};
 }
-inline F32 spread(const bf16* scales) { return {_mm256_set_m128(_mm_set1_ps(widen(scales[1])), _mm_set1_ps(widen(scales[0])))}; }
-inline I32 in_first(int32_t x) { return {_mm256_setr_epi32(x, 0, 0, 0, x, 0, 0, 0)}; }
+inline void turn_lanes(Bytes a, Bytes b, Bytes c, Bytes d, Bytes* turned) {
+  const __m256i low01 = _mm256_unpacklo_epi32(a.v, b.v), high01 = _mm256_unpackhi_epi32(a.v, b.v);
+  const __m256i low23 = _mm256_unpacklo_epi32(c.v, d.v), high23 = _mm256_unpackhi_epi32(c.v, d.v);
+  turned[0].v = _mm256_unpacklo_epi64(low01, low23);
+  turned[1].v = _mm256_unpackhi_epi64(low01, low23);
+  turned[2].v = _mm256_unpacklo_epi64(high01, high23);
+  turned[3].v = _mm256_unpackhi_epi64(high01, high23);
+}
+inline F32 to_strip_order(F32 a) { return {_mm256_permutevar8x32_ps(a.v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7))}; }
+inline F32 to_output_order(F32 a) { return {_mm256_permutevar8x32_ps(a.v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))}; }
 
 #endif
 

@@ -33,13 +33,14 @@ struct ExpertsCall {
   Weight gate, up, down;       // of expert 0
   void* y;                     // [tokens, down.rows], of the type of hidden
   int threads;
+  bool activation_groups = false;  // 8-bit activations have a scale for each group of the weights, not one for a row
 };
 
 struct MatmulKernels {
   void (*int4_matmul)(const MatmulCall<Int4Weight>& call);
   void (*int4_experts)(const ExpertsCall<Int4Weight>& call);
-  void (*int4_int8_experts)(const ExpertsCall<Int4Weight>& call);  // activations quantised to 8 bits a row
-  void (*int8_matmul)(const MatmulCall<Int8Weight>& call);         // the same
+  void (*int4_int8_experts)(const ExpertsCall<Int4Weight>& call);  // activations quantised to 8 bits
+  void (*int8_matmul)(const MatmulCall<Int8Weight>& call);         // the same, a scale a row
   void (*linear)(const MatmulCall<DenseWeight>& call);             // weights of the type of x
   void (*dense_experts)(const ExpertsCall<DenseWeight>& call);
 };

@@ -77,43 +77,50 @@ void mix_wide(const ExpertsCall<Weight>& call) {
 
 // -- 8-bit activations --------------------------------------------------------------------------------------------------------
 
-// Codes q = x / s rounded half to even, s = amax / 127.
+// Codes q = x / s rounded half to even, s = amax / 127 of `group` neighbours.
 struct Quantised {
+  int64_t group;
   Buffer<int8_t> codes;
-  float scale;
+  Buffer<float> scales;
 
   template <class T>
-  Quantised(const T* x, int64_t width) : codes(width), scale(0) {
-    for (int64_t i = 0; i < width; ++i) {
-      const float size = std::fabs(widen(x[i]));
-      if (!(size <= scale)) scale = size;  // NaN stays
-      if (scale != scale) break;
+  Quantised(const T* x, int64_t width, int64_t group_) : group(group_), codes(width), scales(width / group) {
+    for (int64_t start = 0; start < width; start += group) {
+      float scale = 0;
+      for (int64_t i = start; i < start + group; ++i) {
+        const float size = std::fabs(widen(x[i]));
+        if (!(size <= scale)) scale = size;  // NaN stays
+        if (scale != scale) break;
+      }
+      scale = scale < 0x1p-100f ? 1 : std::isfinite(scale) ? scale / 127 : NAN;
+      for (int64_t i = start; i < start + group; ++i) codes[i] = scale == scale ? static_cast<int8_t>(std::nearbyint(widen(x[i]) / scale)) : 0;
+      scales[start / group] = scale;
     }
-    scale = scale < 0x1p-100f ? 1 : std::isfinite(scale) ? scale / 127 : NAN;
-    for (int64_t i = 0; i < width; ++i) codes[i] = scale == scale ? static_cast<int8_t>(std::nearbyint(widen(x[i]) / scale)) : 0;
   }
 };
 
 float product(const Quantised& x, const Int4Weight& weight, int64_t row) {
   float sum = 0;
+  const bool by_groups = x.group == weight.group;
   for (int64_t start = 0; start < weight.width; start += weight.group) {
     int32_t products = 0;
     for (int64_t input = start; input < start + weight.group; ++input) products += x.codes[input] * code_of(weight, row, input);
-    sum += static_cast<float>(products) * scale_of(weight, row, start);
+    const float scale = scale_of(weight, row, start);
+    sum += static_cast<float>(products) * (by_groups ? scale * x.scales[start / weight.group] : scale);
   }
-  return sum * x.scale;
+  return by_groups ? sum : sum * x.scales[0];
 }
 
 float product(const Quantised& x, const Int8Weight& weight, int64_t row) {
   int32_t sum = 0;
   for (int64_t input = 0; input < weight.width; ++input) sum += x.codes[input] * weight.codes[row * weight.row_bytes + input];
-  return static_cast<float>(sum) * (x.scale * weight.scales[row]);
+  return static_cast<float>(sum) * (x.scales[0] * weight.scales[row]);
 }
 
 template <class T>
 void multiply_quantised(const MatmulCall<Int8Weight>& call) {
   parallel_for(call.threads, call.rows, [&](int64_t row) {
-    const Quantised x(static_cast<const T*>(call.x) + row * call.stride, call.weight.width);
+    const Quantised x(static_cast<const T*>(call.x) + row * call.stride, call.weight.width, call.weight.width);
     T* y = static_cast<T*>(call.y) + row * call.weight.rows;
     for (int64_t output = 0; output < call.weight.rows; ++output) narrow(product(x, call.weight, output), y + output);
   });
@@ -130,12 +137,12 @@ template <class T>
 void mix_quantised(const ExpertsCall<Int4Weight>& call) {
   mix<T>(call, [&](const T* hidden, int64_t expert, float route_weight, float* total) {
     const Int4Weight gate = call.gate.of_expert(expert), up = call.up.of_expert(expert), down = call.down.of_expert(expert);
-    const Quantised x(hidden, gate.width);
+    const Quantised x(hidden, gate.width, call.activation_groups ? gate.group : gate.width);
     const Buffer<T> plain(down.width);
     for (int64_t i = 0; i < down.width; ++i) {
       narrow(silu_times(rounded<T>(product(x, gate, i)), rounded<T>(product(x, up, i))), plain + i);
     }
-    const Quantised between(static_cast<const T*>(plain), down.width);
+    const Quantised between(static_cast<const T*>(plain), down.width, call.activation_groups ? down.group : down.width);
     for (int64_t output = 0; output < down.rows; ++output) total[output] += product(between, down, output) * route_weight;
   });
 }

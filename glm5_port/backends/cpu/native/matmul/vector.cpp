@@ -1,5 +1,6 @@
 // The products in float, and those of 8-bit activations in integers.
 #include "matmul/float_kernel.h"
+#include "matmul/int4_bytes.h"
 #include "matmul/int8_kernel.h"
 #include "matmul/linear.h"
 #include "matmul/mixture.h"

@@ -280,12 +280,13 @@ void int4_experts(const Routes& routes, int64_t width, int64_t between, int64_t 
   gate_up.fill(2 * experts);
   const Exact<T> hidden(extent(routes.tokens, stride, width), 1);
   fill_hidden(hidden, stride, whole, random);
-  const auto call = [&](T* y, int threads) {
+  const auto call = [&](T* y, int threads, bool activation_groups = false) {
     return ExpertsCall<Int4Weight>{hidden.data(), sizeof(T) == 2, routes.tokens, stride, routes.weights.data(), routes.ids.data(), routes.choices,
-                                   experts, gate_up.weight(0, 2), gate_up.weight(1, 2), down.weight(), y, threads};
+                                   experts, gate_up.weight(0, 2), gate_up.weight(1, 2), down.weight(), y, threads, activation_groups};
   };
   compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_experts(call(y, threads)); });
-  compare_experts<T>(routes, width, 0.03f, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_int8_experts(call(y, threads)); });
+  for (const bool groups : {false, true})
+    compare_experts<T>(routes, width, 0.03f, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_int8_experts(call(y, threads, groups)); });
 }
 
 template <class T>
@@ -320,6 +321,7 @@ void experts_everywhere() {
   int4_experts<T>(Routes(300, 2, 3, random), 32, 32, 32, true, random);  // blocks of rows, and threads
   dense_experts<T>(Routes(300, 2, 3, random), 20, 40, true, random);
   int4_experts<T>(Routes(9, 4, 6, random), 96, 64, 32, false, random);
+  for (const int64_t group : {-1, 96, 288}) int4_experts<T>(Routes(9, 2, 2, random), 576, 288, group, false, random);  // pieces of groups, and chunks
   dense_experts<T>(Routes(9, 4, 6, random), 90, 60, false, random);
 }
 
