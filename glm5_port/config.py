@@ -54,7 +54,27 @@ class PackedInt4:
 
     def names(self, module: str) -> bool:
         """Whether a linear module is stored in INT4."""
-        return not any(re.match(e[3:], module) if e.startswith("re:") else e == module for e in self.ignore)
+        return not _ignored(module, self.ignore)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicInt8:
+    """A checkpoint with INT8 weights (compressed-tensors `int-quantized`, symmetric, one scale for each output). Activations are
+    quantised token by token as they come: W8A8.
+
+    Attributes:
+        ignore: modules that are not quantised, as in `PackedInt4`.
+    """
+
+    ignore: tuple[str, ...] = ()
+
+    def names(self, module: str) -> bool:
+        """Whether a linear module is stored in INT8."""
+        return not _ignored(module, self.ignore)
+
+
+def _ignored(module: str, ignore: tuple[str, ...]) -> bool:
+    return any(re.match(entry[3:], module) if entry.startswith("re:") else entry == module for entry in ignore)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +100,7 @@ class Glm5Config:
         dtype: the dtype that config.json names, or None.
         quantization: how a block-FP8 checkpoint is quantised, or None.
         int4: how a checkpoint with INT4 weights is quantised, or None.
+        int8: how one with INT8 weights is, or None.
         notes: what reading the file had to decide or left unread, one sentence each; `glm5-port info` shows them.
 
     Raises:
@@ -125,6 +146,7 @@ class Glm5Config:
     model_type: str = MODEL_TYPE
     quantization: BlockFp8 | None = None
     int4: PackedInt4 | None = None
+    int8: DynamicInt8 | None = None
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +155,7 @@ class Glm5Config:
         _check_experts(self)
         _check_tokens(self)
         _check_int4(self)
+        _check_int8(self)
 
     # --- reading and writing -----------------------------------------------------------------------------------------
 
@@ -175,6 +198,8 @@ class Glm5Config:
             }
         if (int4 := values.pop("int4")) is not None:
             values["quantization_config"] = _pack_quantized(int4)
+        if (int8 := values.pop("int8")) is not None:
+            values["quantization_config"] = _int_quantized(int8)
         return {"architectures": [ARCHITECTURE], **values}
 
     # --- what follows from the fields --------------------------------------------------------------------------------
@@ -230,6 +255,10 @@ class Glm5Config:
     def is_int4(self, module: str) -> bool:
         """Whether a projection ("model.layers.3.self_attn.o_proj") is stored in INT4."""
         return self.int4 is not None and self.int4.names(module)
+
+    def is_int8(self, module: str) -> bool:
+        """Whether a projection is stored in INT8."""
+        return self.int8 is not None and self.int8.names(module)
 
     def has_int4_experts(self, layer: int) -> bool:
         """Whether the routed experts of a layer are stored in INT4."""
@@ -451,6 +480,32 @@ def _check_int4(config: Glm5Config) -> None:
                 f"quantization_config.ignore names some of {', '.join(modules)} and not the others: the matrices of an expert "
                 "are read all in INT4, or none of them"
             )
+
+
+def _check_int8(config: Glm5Config) -> None:
+    """What is never INT8 must be named by `ignore`."""
+    if config.int8 is None:
+        return
+    layers = [*config.layers, *([] if config.mtp_layer is None else [config.mtp_layer])]
+    floats = ["lm_head"]
+    floats += [f"model.layers.{layer}.self_attn.indexer.weights_proj" for layer in layers if config.owns_indexer(layer)]
+    floats += [f"model.layers.{layer}.mlp.experts.0.gate_proj" for layer in layers if config.is_moe(layer)]
+    if (module := next((module for module in floats if config.is_int8(module)), None)) is not None:
+        raise ConfigError(
+            f"quantization_config.ignore does not name {module}, so it would be INT8: this library reads INT8 in projections of "
+            "attention, indexers' queries and keys, dense MLPs and shared experts only"
+        )
+
+
+def _int_quantized(int8: DynamicInt8) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        "ignore": list(int8.ignore),
+    }
 
 
 def _pack_quantized(int4: PackedInt4) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a checkpoint is quantised, read from the quantization_config of its config.json: block-FP8, or INT4 experts."""
+"""How a checkpoint is quantised, read from the quantization_config of its config.json: block-FP8, INT4 or INT8 weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from glm5_port.config import PER_CHANNEL, BlockFp8, PackedInt4, is_integer
+from glm5_port.config import PER_CHANNEL, BlockFp8, DynamicInt8, PackedInt4, is_integer
 from glm5_port.errors import ConfigError
 
 _SUPPORT = (
-    "supported: bf16, fp16 and fp32 checkpoints, block-FP8 (quant_method 'fp8'), and routed experts in INT4 (quant_method "
-    "'compressed-tensors', format 'pack-quantized', symmetric); use such a release of the model, glm5-port export, "
+    "supported: bf16, fp16 and fp32 checkpoints, block-FP8 (quant_method 'fp8'), routed experts in INT4 (quant_method "
+    "'compressed-tensors', format 'pack-quantized', symmetric) and other projections in INT8 (format 'int-quantized', one scale "
+    "for each output, activations by token); use such a release of the model, glm5-port export, "
     "or, for INT4 in GPTQ or AWQ, glm5-port transcode"
 )
 # dequantize says how transformers runs the checkpoint, scale_fmt how the multipliers were rounded: the bytes mean the same.
@@ -26,11 +27,13 @@ _FP8_KEYS = (
     "scale_fmt",
 )
 _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
-"""What the weights of the one config group must say."""
+_INT8_WEIGHTS = {**_INT4_WEIGHTS, "num_bits": 8, "strategy": "channel"}
+_INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token", "actorder": None}
+"""What the weights, and the activations of INT8 ones, of the one config group must say."""
 
 
-def read_quantization(given: Mapping[str, Any]) -> dict[str, BlockFp8 | PackedInt4 | None]:
-    """The fields `quantization` and `int4` of a Glm5Config.
+def read_quantization(given: Mapping[str, Any]) -> dict[str, BlockFp8 | PackedInt4 | DynamicInt8 | None]:
+    """The fields `quantization`, `int4` and `int8` of a Glm5Config.
 
     Raises:
         ConfigError: a scheme that this library does not read; names the field.
@@ -38,15 +41,15 @@ def read_quantization(given: Mapping[str, Any]) -> dict[str, BlockFp8 | PackedIn
     if "compression_config" in given:
         raise ConfigError(f"compression_config is not supported\n  {_SUPPORT}")
     if "quantization_config" not in given:
-        return {"quantization": None, "int4": None}
+        return {}
     raw = given["quantization_config"]
     if not isinstance(raw, Mapping):
         raise ConfigError(f"quantization_config = {raw!r}: it must be an object")
     method = raw.get("quant_method")
     if method == "fp8":
-        return {"quantization": _block_fp8(raw), "int4": None}
+        return {"quantization": _block_fp8(raw)}
     if method == "compressed-tensors":
-        return {"quantization": None, "int4": _packed_int4(raw)}
+        return {"int8": _dynamic_int8(raw)} if raw.get("format") == "int-quantized" else {"int4": _packed_int4(raw)}
     raise ConfigError(f"quantization_config.quant_method = {method!r} is not supported\n  {_SUPPORT}")
 
 
@@ -71,18 +74,11 @@ def _block_fp8(raw: Mapping[str, Any]) -> BlockFp8:
 
 def _packed_int4(raw: Mapping[str, Any]) -> PackedInt4:
     _expect(raw, "format", "pack-quantized")
-    groups = raw.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        raise ConfigError(f"quantization_config.config_groups = {groups!r}: it must hold exactly one group\n  {_SUPPORT}")
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, Mapping) else None
+    group = _only_group(raw)
+    weights = group.get("weights")
     if not isinstance(weights, Mapping) or group.get("input_activations") is not None:
         raise ConfigError(f"quantization_config.config_groups: expected weights only, got {group!r}\n  {_SUPPORT}")
-    for name, only in _INT4_WEIGHTS.items():
-        if weights.get(name, only) != only:
-            raise ConfigError(
-                f"quantization_config weights.{name} = {weights[name]!r} is not supported: {only!r} is\n  {_SUPPORT}"
-            )
+    _expect_all("weights", weights, _INT4_WEIGHTS)
     strategy, size = weights.get("strategy"), weights.get("group_size")
     size = PER_CHANNEL if strategy == "channel" else size if strategy == "group" else None
     if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != PER_CHANNEL):
@@ -90,6 +86,36 @@ def _packed_int4(raw: Mapping[str, Any]) -> PackedInt4:
             f"quantization_config weights.strategy = {strategy!r} with group_size = {weights.get('group_size')!r}: supported are "
             "'group' with a positive group_size, and 'channel'"
         )
+    return PackedInt4(size, _ignore(raw))
+
+
+def _dynamic_int8(raw: Mapping[str, Any]) -> DynamicInt8:
+    group = _only_group(raw)
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping) or not isinstance(activations, Mapping):
+        raise ConfigError(
+            f"quantization_config.config_groups: expected weights and input_activations, got {group!r}\n  {_SUPPORT}"
+        )
+    _expect_all("weights", weights, _INT8_WEIGHTS)
+    _expect_all("input_activations", activations, _INT8_ACTIVATIONS)
+    return DynamicInt8(_ignore(raw))
+
+
+def _only_group(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    groups = raw.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        raise ConfigError(f"quantization_config.config_groups = {groups!r}: it must hold exactly one group\n  {_SUPPORT}")
+    (group,) = groups.values()
+    return group if isinstance(group, Mapping) else {}
+
+
+def _expect_all(part: str, given: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    for name, value in only.items():
+        if given.get(name, value) != value:
+            raise ConfigError(f"quantization_config {part}.{name} = {given[name]!r} is not supported: {value!r} is\n  {_SUPPORT}")
+
+
+def _ignore(raw: Mapping[str, Any]) -> tuple[str, ...]:
     ignore = raw.get("ignore", ()) or ()
     if not isinstance(ignore, list | tuple) or not all(isinstance(entry, str) for entry in ignore):
         raise ConfigError(f"quantization_config.ignore = {ignore!r}: it must be a list of names and 're:' patterns")
@@ -98,7 +124,7 @@ def _packed_int4(raw: Mapping[str, Any]) -> PackedInt4:
             re.compile(entry.removeprefix("re:"))
         except re.error as error:
             raise ConfigError(f"quantization_config.ignore: {entry!r} is no regular expression ({error})") from error
-    return PackedInt4(size, tuple(ignore))
+    return tuple(ignore)
 
 
 def _expect(raw: Mapping[str, Any], name: str, only: object) -> None:

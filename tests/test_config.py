@@ -348,8 +348,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "pad": (without(pad_token_id=-1), "pad_token_id = -1"),
     "other architecture's key": (without(sliding_window=4096), "sliding_window = 4096: no such key in GlmMoeDsaForCausalLM"),
     "int4": (
-        without(quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"}),
-        "quantization_config.format = 'int-quantized' is not supported",
+        without(quantization_config={"quant_method": "compressed-tensors", "format": "marlin-24"}),
+        "quantization_config.format = 'marlin-24' is not supported",
     ),
     "gptq": (without(quantization_config={"quant_method": "gptq", "bits": 4}), "quant_method = 'gptq' is not supported"),
     "compression_config": (without(compression_config={}), "compression_config is not supported"),

@@ -80,7 +80,7 @@ def test_per_channel_and_round_trip() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": "int-quantized"}, "format = 'int-quantized'"),
+        ({"format": "marlin-24"}, "format = 'marlin-24'"),
         ({"config_groups": {}}, "exactly one group"),
         ({"config_groups": block()["config_groups"] | {"group_1": {}}}, "exactly one group"),
         ({"ignore": ["re:("]}, "no regular expression"),

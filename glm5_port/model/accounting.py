@@ -21,6 +21,8 @@ from glm5_port.model.tensors import (
     INT4_CODES,
     INT4_SCALES,
     INT4_SHAPE,
+    INT8_CODES,
+    INT8_SCALES,
     PROJECTION,
     TensorSpec,
     expected_tensors,
@@ -60,7 +62,7 @@ class Parameters:
 
 def count_parameters(config: Glm5Config) -> Parameters:
     """Parameters by component: of the model, whatever its checkpoint packs them into."""
-    config = dataclasses.replace(config, int4=None)
+    config = dataclasses.replace(config, int4=None, int8=None)
     components: dict[str, int] = {}
     for spec in expected_tensors(config, mtp=False).values():
         components[spec.component] = components.get(spec.component, 0) + math.prod(spec.shape)
@@ -73,7 +75,7 @@ def count_int4(config: Glm5Config) -> dict[str, int]:
     """Parameters that are stored in INT4, by the components of `count_parameters`; those of the MTP layer as "MTP layer"."""
     counts: dict[str, int] = {}
     mtp = None if config.mtp_layer is None else layer_prefix(config.mtp_layer)
-    for name, spec in expected_tensors(dataclasses.replace(config, int4=None), mtp=mtp is not None).items():
+    for name, spec in expected_tensors(dataclasses.replace(config, int4=None, int8=None), mtp=mtp is not None).items():
         if spec.kind == PROJECTION and config.is_int4(name.removesuffix(".weight")):
             component = "MTP layer" if mtp is not None and name.startswith(mtp) else spec.component
             counts[component] = counts.get(component, 0) + math.prod(spec.shape)
@@ -119,9 +121,10 @@ def checkpoint_storage(config: Glm5Config) -> Storage:
 @lru_cache  # a walk over 60,000 names, asked for again with every context and batch
 def weight_bytes(config: Glm5Config, dtype: torch.dtype, mtp: bool = False) -> int:
     """Bytes of the loaded weights in a working dtype. Block-FP8 checkpoints are dequantised while loading, and so is kv_b_proj
-    where it is INT4."""
-    if config.int4 is not None:
-        config = dataclasses.replace(config, int4=dataclasses.replace(config.int4, ignore=(*config.int4.ignore, _DECODED)))
+    where it is INT4 or INT8."""
+    for name in ("int4", "int8"):
+        if (codes := getattr(config, name)) is not None:
+            config = dataclasses.replace(config, **{name: dataclasses.replace(codes, ignore=(*codes.ignore, _DECODED))})
     return sum(_float_bytes(spec, dtype.itemsize) for spec in expected_tensors(config, mtp).values())
 
 
@@ -211,7 +214,7 @@ def memory_need(
     return Memory(weights=weight_bytes(config, dtype, mtp), cache=tokens * per_token)
 
 
-_WIDTHS = {FLOAT32: 4, INT4_CODES: 4, INT4_SCALES: 2, INT4_SHAPE: 4}
+_WIDTHS = {FLOAT32: 4, INT4_CODES: 4, INT4_SCALES: 2, INT4_SHAPE: 4, INT8_CODES: 1, INT8_SCALES: 4}
 """Bytes of an element where the kind decides; everything else is as wide as the dtype."""
 
 

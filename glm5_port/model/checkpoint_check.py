@@ -8,15 +8,32 @@ from collections.abc import Iterable, Mapping
 from glm5_port.config import BlockFp8, Glm5Config
 from glm5_port.model.block_fp8 import SCALE_SUFFIX, scale_name, scale_shape
 from glm5_port.model.stored_tensors import FLOATS, FP8, StoredTensor, StoredTensors
-from glm5_port.model.tensors import FLOAT32, INT4_CODES, INT4_SCALES, INT4_SHAPE, PROJECTION, TensorSpec, mtp_tensors
+from glm5_port.model.tensors import (
+    FLOAT32,
+    INT4_CODES,
+    INT4_SCALES,
+    INT4_SHAPE,
+    INT8_CODES,
+    INT8_SCALES,
+    PROJECTION,
+    TensorSpec,
+    mtp_tensors,
+)
 
 MOST_GROUPS = 10
 """Groups of similar names shown under each heading."""
 MOST_NAMES = 3
 """Groups up to this size are shown by all their names."""
 
-INT4_DTYPES = {INT4_CODES: ("I32",), INT4_SCALES: ("BF16",), INT4_SHAPE: ("I32", "I64")}
-"""Part of an INT4 weight -> how it may be stored. Kimi-style exporters write the shape as I32, compressed-tensors as I64."""
+PART_DTYPES = {
+    INT4_CODES: ("I32",),
+    INT4_SCALES: ("BF16",),
+    INT4_SHAPE: ("I32", "I64"),
+    INT8_CODES: ("I8",),
+    INT8_SCALES: ("BF16", "F32"),
+}
+"""Part of an INT4 or INT8 weight -> how it may be stored. Kimi-style exporters write the shape as I32, compressed-tensors
+as I64."""
 
 Finding = tuple[str, str]
 """(name of a tensor, what is wrong with it; empty when the heading says it all)"""
@@ -87,8 +104,8 @@ def _wrong_dtype(name: str, dtype: str, kind: str, quantization: BlockFp8 | None
                 "`model.to(torch.bfloat16)` rounds it and `from_pretrained(..., dtype=torch.bfloat16)` keeps it"
             )
         return f"expected F32, got {dtype}"
-    if kind in INT4_DTYPES:
-        allowed = INT4_DTYPES[kind]
+    if kind in PART_DTYPES:
+        allowed = PART_DTYPES[kind]
         return "" if dtype in allowed else f"expected {' or '.join(allowed)}, got {dtype}"
     if dtype != FP8:
         return "" if dtype in FLOATS else f"expected {', '.join(FLOATS)} or block-FP8, got {dtype}"

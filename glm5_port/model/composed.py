@@ -1,8 +1,8 @@
-"""The fused operators of a layer, composed of smaller ones: for layers some of whose matrices are stored in INT4.
+"""The fused operators of a layer, composed of smaller ones: for layers some of whose matrices are stored in INT4 or INT8.
 
 A fused operator takes floating-point matrices. Where the checkpoint holds one of them in INT4, the layer is made of the parts
 here instead, each of which is called as the operator that it stands for, weights aside, and rounds where its reference rounds.
-Every matrix is then a `Projection` of its own: `linear`, or `int4_matmul` on its codes.
+Every matrix is then a `Projection` of its own: `linear`, or `int4_matmul` or `int8_matmul` on its codes.
 
 kv_b_proj is the exception: the absorbed form multiplies by its key half from the other side, where codes cannot be grouped. It is
 decoded while loading, whatever it is stored in (29 MB a layer in GLM-5, 0.3 % of the weights), and multiplies head by head.
@@ -32,13 +32,13 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 """The matrices that one fused operator takes, by module name below the attention or the MLP."""
 
 
-def has_int4(config: Glm5Config, prefix: str, modules: Sequence[str]) -> bool:
-    """Whether any of the modules below `prefix` is stored in INT4."""
-    return any(config.is_int4(prefix + module) for module in modules)
+def has_codes(config: Glm5Config, prefix: str, modules: Sequence[str]) -> bool:
+    """Whether any of the modules below `prefix` is stored in INT4 or INT8."""
+    return any(config.is_int4(prefix + module) or config.is_int8(prefix + module) for module in modules)
 
 
 class Projection(BoundLayer):
-    """y = x W^T of one matrix of the checkpoint: `linear`, or `int4_matmul` where it is stored in INT4.
+    """y = x W^T of one matrix of the checkpoint: `linear`, or `int4_matmul` or `int8_matmul` where it is stored so.
 
     Attributes:
         name: of the matrix in checkpoints ("....weight").
@@ -46,12 +46,15 @@ class Projection(BoundLayer):
     """
 
     def __init__(self, config: Glm5Config, bind: Binder, module: str, width_in: int, width_out: int) -> None:
-        int4 = config.int4 if config.is_int4(module) else None
-        options: dict[str, Any] = {} if int4 is None else {"group_size": int4.group_size}
-        super().__init__(bind(ops.int4_matmul if int4 else ops.linear, width_in=width_in, width_out=width_out, **options))
-        self.options = options
+        self.options: dict[str, Any] = {}
+        operator, self.stored = ops.linear, {"weight": ""}
+        if config.int4 is not None and config.is_int4(module):
+            operator, self.stored = ops.int4_matmul, {"packed": "_packed", "scales": "_scale"}
+            self.options["group_size"] = config.int4.group_size
+        elif config.is_int8(module):
+            operator, self.stored = ops.int8_matmul, {"weight": "", "weight_scale": "_scale"}
+        super().__init__(bind(operator, width_in=width_in, width_out=width_out, **self.options))
         self.name = f"{module}.weight"
-        self.stored = {"weight": ""} if int4 is None else {"packed": "_packed", "scales": "_scale"}
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = super().__call__(x=x, **self.options)

@@ -118,14 +118,14 @@ def _opened(source: Path, config: Glm5Config) -> Checkpoint:
     checkpoint = Checkpoint.open(source)
     checkpoint.check(expected_tensors(checkpoint.config, mtp=checkpoint.has_mtp))
     ours, theirs = expected_tensors(config, mtp=False), expected_tensors(without_storage(checkpoint.config), mtp=False)
-    if ours != theirs or checkpoint.config.int4 is not None:
+    if ours != theirs or checkpoint.config.int4 is not None or checkpoint.config.int8 is not None:
         raise CheckpointError(f"{source} is not the checkpoint that this model came from: its tensors have other names or shapes")
     return checkpoint
 
 
 def without_storage(config: Glm5Config) -> Glm5Config:
     """The config of the same model in floating point."""
-    return dataclasses.replace(config, quantization=None, int4=None)
+    return dataclasses.replace(config, quantization=None, int4=None, int8=None)
 
 
 def _held(model: nn.Module) -> tuple[Glm5Config, Held]:

@@ -19,6 +19,8 @@ FLOAT32 = "float32"
 INT4_CODES = "int4 codes"
 INT4_SCALES = "int4 scales"
 INT4_SHAPE = "int4 shape"
+INT8_CODES = "int8 codes"
+INT8_SCALES = "int8 scales"
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -33,7 +35,8 @@ class TensorSpec:
         shape: its shape.
         kind: what may be stored: "projection" (bf16, fp16, fp32, or block-FP8 with multipliers), "float" (bf16, fp16, fp32;
             never quantised by the block-FP8 scheme), "float32" (exactly that), or a part of an INT4 weight in the canonical
-            packing: "int4 codes" (int32, eight codes a word), "int4 scales" (bf16), "int4 shape" (two integers).
+            packing: "int4 codes" (int32, eight codes a word), "int4 scales" (bf16), "int4 shape" (two integers), or of an INT8
+            weight: "int8 codes" (int8), "int8 scales" (bf16, fp32).
         component: the part of the model it belongs to, for counts ("attention", "routed experts", ...).
     """
 
@@ -144,10 +147,14 @@ def _matrices(prefix: str, shapes: Mapping[str, tuple[int, int]], component: str
 
 
 def _as_stored(config: Glm5Config, matrices: Iterable[tuple[str, TensorSpec]]) -> Iterator[tuple[str, TensorSpec]]:
-    """Each matrix, or the tensors that stand for it where the checkpoint holds it in INT4."""
+    """Each matrix, or the tensors that stand for it where the checkpoint holds it in INT4 or INT8."""
     for name, spec in matrices:
-        int4 = config.int4 if config.is_int4(name.removesuffix(".weight")) else None
-        yield from _stored(name, spec, int4)
+        module = name.removesuffix(".weight")
+        if config.is_int8(module):
+            yield name, TensorSpec(spec.shape, INT8_CODES, spec.component)
+            yield f"{name}_scale", TensorSpec((spec.shape[0], 1), INT8_SCALES, spec.component)
+        else:
+            yield from _stored(name, spec, config.int4 if config.is_int4(module) else None)
 
 
 def _stored(name: str, spec: TensorSpec, int4: PackedInt4 | None) -> Iterator[tuple[str, TensorSpec]]:

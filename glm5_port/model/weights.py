@@ -17,8 +17,8 @@ from glm5_port.model.layers import DecoderLayer, DenseAttention, DenseMlp, Index
 from glm5_port.quant.int4 import dequantize_packed
 
 Read = Callable[[str], Tensor]
-"""Gives a checkpoint tensor by name, in the model's dtype and on its device (the router's bias in float32, parts of INT4 weights
-as they are stored)."""
+"""Gives a checkpoint tensor by name, in the model's dtype and on its device (the router's bias in float32, parts of INT4 and
+INT8 weights as they are stored)."""
 
 
 def load_decoder_layer(layer: DecoderLayer, read: Read, prefix: str, config: Glm5Config, *, trainable: bool) -> None:
@@ -68,7 +68,10 @@ def gated_mlp_weights(read: Read, prefix: str) -> dict[str, Tensor]:
 
 def _load_projection(projection: composed.Projection, read: Read) -> None:
     """Fills a projection of a layer that is not trained, from the tensors that stand for its matrix."""
-    fill(projection, {name: read(projection.name + part) for name, part in projection.stored.items()}, trainable=False)
+    tensors = {name: read(projection.name + part) for name, part in projection.stored.items()}
+    if "weight_scale" in tensors:  # stored as a column beside the codes
+        tensors["weight_scale"] = tensors["weight_scale"].flatten()
+    fill(projection, tensors, trainable=False)
 
 
 def _load_gated_mlp(mlp: BoundLayer | composed.Mlp, read: Read, prefix: str, *, trainable: bool) -> None:
@@ -124,6 +127,8 @@ def _floating(read: Read, module: str, config: Glm5Config, dtype: torch.dtype) -
     """A matrix in floating point, whatever it is stored in."""
     if config.is_int4(module):
         return dequantize_packed(read(f"{module}.weight_packed"), read(f"{module}.weight_scale")).to(dtype)
+    if config.is_int8(module):
+        return (read(f"{module}.weight").to(torch.float32) * read(f"{module}.weight_scale")).to(dtype)
     return read(f"{module}.weight")
 
 

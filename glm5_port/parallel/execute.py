@@ -124,7 +124,7 @@ class PlanRanks(Ranks):
         if over is None or ways == 1:
             return None
         group = None if self.config.int4 is None or axis == 0 else self.config.int4.group_size
-        if group == PER_CHANNEL and name.endswith("_scale"):
+        if axis == 1 and shape[1] == 1 and name.endswith("_scale"):
             return None  # one scale serves the whole row, and so each part
         units, what = shape[axis], "elements"
         if group is not None and group != PER_CHANNEL and name.endswith(("_packed", "_scale")):

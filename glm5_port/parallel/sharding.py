@@ -153,7 +153,8 @@ def _kind_bytes(kind: _Kind, layout: Layout) -> list[tuple[str, int]]:
 @lru_cache(maxsize=16)  # a walk over 60,000 names
 def _pieces(config: Glm5Config, weights: str) -> tuple[tuple[_Kind, ...], dict[str, int]]:
     """(kinds of layers, layer or tensor outside the layers -> place of its kind); of the routed experts those of expert 0."""
-    config = dataclasses.replace(config, quantization=None, int4=(config.int4 or _INT4) if weights == "int4" else None)
+    int4 = (config.int4 or _INT4) if weights == "int4" else None
+    config = dataclasses.replace(config, quantization=None, int4=int4, int8=None)
     owners = {layer_prefix(layer): str(layer) for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers)}
     counted: dict[str, Counter[tuple[str, Piece]]] = {}
     for name, spec in expected_tensors(config, mtp=config.mtp_layer is not None).items():

@@ -162,6 +162,11 @@ def plan_export(source: str | PathLike[str], options: Options) -> Plan:
         with Checkpoint.open(path) as checkpoint:
             config, stored, has_weights = checkpoint.config, checkpoint.stored.tensors, True
             _check_source(checkpoint, notes)
+    if config.int8 is not None:
+        raise InputError(
+            f"{path} holds INT8 weights, and what was rounded to 8 bits is not quantised again\n"
+            "  expected: a bf16, fp16, fp32 or block-FP8 checkpoint"
+        )
     if config.int4 is not None:
         raise InputError(
             f"{path} is INT4 already: there is nothing to quantise (glm5-port transcode writes it in another format)\n"
