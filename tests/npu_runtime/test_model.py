@@ -17,6 +17,7 @@ from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.testing.tiny import TINY, tiny_config
 from tests.model.int4_checkpoints import int4_export
+from tests.model.int8_checkpoints import int8_checkpoint
 from tests.model.models import watch
 from tests.npu_runtime import machine
 from tests.npu_runtime.contracts import BLOCK, CONTRACTS, TOKENS
@@ -136,8 +137,9 @@ def test_large_weights_lie_in_fractal_format(npu: Glm5Model) -> None:
     assert all(tensor.storage == (tensor.shape[1] // 16, tensor.shape[0] // 16, 16, 16) for tensor in weights)
 
 
-def check_logits(suspect: Glm5Model, wide: Glm5Model, narrow: Glm5Model) -> None:
-    """Against the CPU in float32, its choices forced on all: no worse than twice the CPU in bfloat16."""
+def check_logits(suspect: Glm5Model, wide: Glm5Model, narrow: Glm5Model, decided: int = 10) -> None:
+    """Against the CPU in float32, its choices forced on all: no worse than twice the CPU in bfloat16, and the same tokens where
+    that leaves no doubt, which it must in `decided` places."""
     gold: list[Tensor] = []
     chosen = choices(wide, lambda: gold.append(wide(TOKENS)))
     with forced(narrow, chosen):
@@ -145,7 +147,7 @@ def check_logits(suspect: Glm5Model, wide: Glm5Model, narrow: Glm5Model) -> None
     with forced(suspect, chosen):
         logits = suspect(TOKENS)
     assert 0 < error(logits, gold[0]) <= 2 * reference + torch.finfo(torch.bfloat16).eps
-    assert agree_where_decided(logits, gold[0]) >= 10
+    assert agree_where_decided(logits, gold[0]) >= decided
 
 
 def test_logits_are_the_cpus_within_rounding(npu: Glm5Model) -> None:
@@ -175,6 +177,20 @@ def test_int4_experts(tmp_path: Path, activations: str, group_size: int, scale: 
     assert ("int4", 3) in packed or ("int32", 3) in packed
     assert any(tensor.dtype == scale for call in products for tensor in call.tensors)
     check_logits(model, *(glm5_port.load(files, backend="cpu", dtype=dtype, **options) for dtype in ("float32", "bfloat16")))
+
+
+def test_int8_projections(tmp_path: Path) -> None:
+    """W8A8: every projection of attention, indexer, dense MLP and shared expert by the vendor's 8-bit product, on weights in
+    FRACTAL_NZ that never were floating point here."""
+    files = int8_checkpoint(tmp_path, **{**TINY, **CONTRACTS})
+    model = glm5_port.load(files, backend="npu", block_size=BLOCK)
+    chosen = {(selection.operator, selection.chosen.id) for selection in model.decisions()}
+    assert ("int8_matmul", "npu/aclnn") in chosen
+    assert all(name.startswith("npu/") for _, name in chosen), chosen
+    seen = kernels_of(model)["int8_matmul"]
+    assert {"aclnnQuantMatmulWeightNz"} <= seen and any(name.startswith("aclnnDynamicQuant") for name in seen), seen
+    wide, narrow = (glm5_port.load(files, backend="cpu", dtype=dtype, block_size=BLOCK) for dtype in ("float32", "bfloat16"))
+    check_logits(model, wide, narrow, decided=5)  # 8-bit activations move logits more
 
 
 def test_generation_is_the_cpus_where_nothing_is_close() -> None:
