@@ -65,6 +65,7 @@ struct PairTile {
 // weight is then one shift, one insertion of its row's number and one look-up, for 32 weights together.
 struct Int4ByPairs : PairTile {
   static constexpr int64_t ahead = 2048;  // bytes
+  static constexpr int64_t groups_together = 8;  // whose scales are widened at once, long enough before they are read
 
   // Nibble j of word i is input 4i + j; step j takes the eight words of a row.
   static int64_t place(int64_t input) { return input % 4 * 8 + input / 4; }
@@ -81,8 +82,10 @@ struct Int4ByPairs : PairTile {
 
   static void decode(const Int4Weight& weight, int64_t panel, int64_t unit, int64_t units, bf16* to, const uint8_t* next) {
     const uint8_t* codes = weight.at(panel, unit);
-    const int64_t of_group = weight.units_of_group();
-    const bf16* scales = weight.scales_of(panel) + unit / of_group * panel_rows;
+    const int64_t of_group = weight.units_of_group(), first = unit / of_group;
+    alignas(64) float wide[chunk_units * panel_rows];
+    widen_scales(weight.scales_of(panel) + first * panel_rows, (unit + units - 1) / of_group - first + 1, wide);
+    const float* scales = wide;
     int64_t left = of_group - unit % of_group;  // units of this group
     for (int64_t i = 0; i < units; ++i, codes += unit_bytes, next += unit_bytes, to += unit_inputs * panel_rows) {
       for (int q = 0; q < quads; ++q) {
@@ -105,13 +108,16 @@ struct Int4ByPairs : PairTile {
     const uint8_t* codes = weight.at(panel, 0);
     const bf16* scales = weight.scales_of(panel);
     const int64_t groups = weight.groups(), units = weight.units_of_group();
+    alignas(64) float wide[groups_together * panel_rows];
     int64_t offset = 0;
-    for (int64_t group = 0; group < groups; ++group, scales += panel_rows) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t inside = group % groups_together;
+      if (inside == 0) widen_scales(scales + group * panel_rows, smaller(groups_together, groups - group), wide);
       for (int64_t unit = 0; unit < units; ++unit, codes += unit_bytes, offset += unit_inputs) {
 #pragma GCC unroll 2
         for (int q = 0; q < quads; q += 2) {
           // Places that the compiler cannot know: no table and no input is kept for the next quarters, which sums leave no room for.
-          const bf16* eight_scales = scales + 4 * q;
+          const float* eight_scales = wide + inside * panel_rows + 4 * q;
           int64_t from = offset;
           __asm__("" : "+r"(eight_scales), "+r"(from));
           __m512i steps[2][unit_steps];
@@ -138,8 +144,12 @@ struct Int4ByPairs : PairTile {
   static inline const uint16_t numbered[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
+  static void widen_scales(const bf16* scales, int64_t groups, float* to) {
+    for (int64_t group = 0; group < groups; ++group) F32::load(scales + group * panel_rows).store(to + group * panel_rows);
+  }
+
   // A unit of four rows.
-  static void four_rows(const bf16* scales, const uint8_t* codes, __m512i* steps) {
+  static void four_rows(const float* scales, const uint8_t* codes, __m512i* steps) {
     const __m512i low = two_tables(scales), high = two_tables(scales + 2), words = _mm512_loadu_si512(codes);
     steps[0] = look_up(low, high, words);
     steps[1] = look_up(low, high, _mm512_srli_epi16(words, 4));
@@ -148,14 +158,11 @@ struct Int4ByPairs : PairTile {
   }
 
   // bf16(q * s) of all q, for two neighbouring scales.
-  static __m512i two_tables(const bf16* scales) {
+  static __m512i two_tables(const float* scales) {
     const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    int32_t both;
-    std::memcpy(&both, scales, sizeof both);
-    const __m512i words = _mm512_set1_epi32(both);
-    const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codes, second), _mm512_mul_ps(codes, first));
+    const __m512 first = _mm512_mul_ps(codes, _mm512_set1_ps(scales[0]));
+    const __m512 second = _mm512_mul_ps(codes, _mm512_set1_ps(scales[1]));
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
   }
 
   // The weights whose codes are the lowest four bits of the words.
