@@ -1,6 +1,6 @@
 # Everything from a fresh clone: needs Python >= 3.11 with venv and headers, a C++ compiler for the native kernels (without one the
 # portable implementations are tested alone, and the run says so), and nothing else.
-# All tools live in .venv; only the outside judges (test-llama-cpp, test-kt-kernel) have environments of their own.
+# All tools live in .venv; only the outside judges (test-llama-cpp, test-kt-kernel, test-gptqmodel) have environments of their own.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -22,7 +22,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help env demo test test-all test-interpreter test-interpreter-slow test-sanitize test-npu test-triton-ascend test-llama-cpp test-kt-kernel lint bench device-check docs clean
+.PHONY: help env demo test test-all test-interpreter test-interpreter-slow test-sanitize test-npu test-triton-ascend test-llama-cpp test-kt-kernel test-gptqmodel lint bench device-check docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -64,7 +64,7 @@ test: lint ## format, lint, types and the fast tests
 	@echo "  npu backend under the vendor's torch_npu: make test-npu"
 	@echo "  Triton kernels lowered for an Ascend NPU: make test-triton-ascend (make test-all leaves it out too)"
 	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow (make test-all leaves it out too)"
-	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel (make test-all leaves them out too)"
+	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel, make test-gptqmodel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
 
@@ -145,6 +145,17 @@ test-kt-kernel: env .venv-kt-kernel/.ready ## kt-kernel judges exported INT4 exp
 	  || { echo "NOT RUN: kt-kernel has wheels for Linux on x86-64 with glibc 2.35 or newer"; exit 1; }
 	@touch $@
 
+test-gptqmodel: env .venv-gptqmodel/.ready ## GPT-QModel judges exports to GPTQ and AWQ
+	@$(BIN)/python -m tests.outside.gptqmodel_judge
+
+.venv-gptqmodel/.ready: $(OUTSIDE)/gptqmodel_requirements.txt
+	@echo "== making .venv-gptqmodel (some minutes: it has a torch of its own)"
+	@rm -rf .venv-gptqmodel; $(PYTHON) -m venv .venv-gptqmodel
+	@.venv-gptqmodel/bin/python -m pip --disable-pip-version-check --no-input --quiet install --no-deps -r $<
+	@BUILD_CUDA_EXT=0 .venv-gptqmodel/bin/python -m pip --disable-pip-version-check --no-input --quiet install \
+	  --no-deps --no-build-isolation gptqmodel==7.7.0
+	@touch $@
+
 device-check: ## for a machine with a GPU or NPU: parity, promises and speed on it, into evidence/; installs nothing (PYTHON=python3, BACKEND=cuda)
 	@$(PYTHON) -m glm5_port.testing.device_check --backend $(BACKEND)
 
@@ -155,5 +166,5 @@ docs: env ## regenerate docs/flags.md and the evidence table of the README
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove every environment and cache
-	rm -rf .venv .venv-npu .venv-triton-ascend .venv-llama-cpp .venv-kt-kernel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-npu .venv-triton-ascend .venv-llama-cpp .venv-kt-kernel .venv-gptqmodel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

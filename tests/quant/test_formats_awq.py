@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,10 @@ def test_an_export_holds_what_the_quantiser_gives(source: Path, exported: Path) 
     modules = [name.removesuffix(".weight") for name, tensor in given.items() if tensor.dim() == 2 and "embed" not in name]
     for module in modules:  # as loaders look: any entry anywhere in the name
         assert any(entry in module for entry in left_out) == (".mlp.experts." not in module), module
+        skipped = any(re.match(entry.removeprefix("-:"), module) for entry in config["dynamic"])  # as GPT-QModel looks
+        assert skipped == (".mlp.experts." not in module), module
+    beside = json.loads((exported / "quant_config.json").read_text())
+    assert (beside["dynamic"], beside["modules_to_not_convert"]) == (config["dynamic"], left_out)
     assert verify(exported, source).problems == []
     assert verify(exported).problems == []
 
@@ -119,6 +124,17 @@ def test_verify_finds_a_config_that_leaves_the_wrong_modules_out(exported: Path)
     found = "\n".join(verify(exported).problems)
     assert "modules_to_not_convert names modules that are quantised" in found
     assert "modules_to_not_convert does not name modules that are not quantised" in found
+
+
+def test_verify_finds_patterns_of_gptqmodel_that_are_wrong_and_wants_none(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"-:^lm_head$": {}}
+    (exported / "config.json").write_text(json.dumps(config))
+    assert "dynamic does not name modules that are not quantised" in "\n".join(verify(exported).problems)
+    del config["quantization_config"]["dynamic"]
+    (exported / "config.json").write_text(json.dumps(config))
+    (exported / "int4_manifest.json").unlink()
+    assert verify(exported).problems == []
 
 
 def test_outputs_that_fill_no_word_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from glm5_port.errors import CheckpointError
 from glm5_port.model.stored_tensors import StoredTensor
 from glm5_port.quant.formats.compressed_tensors import left_out_problems
-from glm5_port.quant.formats.gptq import check_words, field_problems, weights_of_parts
+from glm5_port.quant.formats.gptq import check_words, entry_problems, field_problems, left_out_entries, weights_of_parts
 from glm5_port.quant.int4 import Int4Rule, groups_of
 from glm5_port.quant.layouts import from_awq, to_awq
 from glm5_port.quant.output_files import Container, OutputTensor, Safetensors
@@ -75,7 +75,8 @@ class Awq:
         return False
 
     def config(self, rule: Int4Rule, quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> dict[str, Any]:
-        """The block of config.json."""
+        """The block of config.json. vLLM, SGLang and AutoAWQ read in `modules_to_not_convert` what is not quantised; GPT-QModel
+        does not look there and takes random weights for such a module, unless `dynamic` names it."""
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -83,13 +84,17 @@ class Awq:
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": _left_out(quantized, kept, mtp_layer),
+            "dynamic": left_out_entries(quantized, kept, mtp_layer),
         }
 
     def config_problems(
         self, block: Any, rule: Int4Rule, quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None
     ) -> list[str]:
-        """Every field must be what the tensors are, and `modules_to_not_convert` name what is not quantised."""
-        problems = field_problems(block, self.config(rule, [], [], mtp_layer), "modules_to_not_convert")
+        """Every field must be what the tensors are, and `modules_to_not_convert` name what is not quantised; `dynamic` too, if it
+        is there: others write none."""
+        problems = field_problems(block, self.config(rule, [], [], mtp_layer), "modules_to_not_convert", "dynamic")
+        if isinstance(block, Mapping) and "dynamic" in block:
+            problems += entry_problems(block, quantized, kept)
         listed = block.get("modules_to_not_convert") if isinstance(block, Mapping) else None
         entries = [str(entry) for entry in listed] if isinstance(listed, list) else []
 
@@ -99,7 +104,7 @@ class Awq:
         return problems + left_out_problems("modules_to_not_convert", named, quantized, kept)
 
     def files(self, block: Mapping[str, Any] | None, outputs: Mapping[str, str]) -> dict[str, str]:
-        """quant_config.json, for loaders that look there: the same with AutoAWQ's names."""
+        """quant_config.json, for loaders that look there first, GPT-QModel among them: the same with AutoAWQ's names."""
         block = block or {}
         own = {
             "zero_point": block.get("zero_point"),
@@ -107,6 +112,7 @@ class Awq:
             "w_bit": block.get("bits"),
             "version": "GEMM",
             "modules_to_not_convert": block.get("modules_to_not_convert"),
+            "dynamic": block.get("dynamic"),
         }
         return {"quant_config.json": json.dumps(own, indent=2, ensure_ascii=False) + "\n"}
 

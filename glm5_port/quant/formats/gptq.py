@@ -73,8 +73,7 @@ class Gptq:
         return False
 
     def config(self, rule: Int4Rule, quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> dict[str, Any]:
-        """The block of config.json. `dynamic` entries that begin with "-:" name, as regular expressions, what is not quantised:
-        GPTQModel, vLLM and SGLang read it so."""
+        """The block of config.json. GPT-QModel, vLLM and SGLang read in `dynamic` what is not quantised."""
         return {
             "quant_method": "gptq",
             "bits": 4,
@@ -84,7 +83,7 @@ class Gptq:
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
             "lm_head": False,
-            "dynamic": {_skip(entry): {} for entry in ignore_list(quantized, kept, mtp_layer)},
+            "dynamic": left_out_entries(quantized, kept, mtp_layer),
         }
 
     def config_problems(
@@ -92,13 +91,7 @@ class Gptq:
     ) -> list[str]:
         """Every field must be what the tensors are, and `dynamic` name what is not quantised."""
         problems = field_problems(block, self.config(rule, [], [], mtp_layer), "dynamic")
-        dynamic = block.get("dynamic") if isinstance(block, Mapping) else None
-        skipped = [str(entry)[2:] for entry in (dynamic or {}) if str(entry).startswith("-:")]
-
-        def named(module: str) -> bool:
-            return any(re.match(pattern, module) for pattern in skipped)
-
-        return problems + left_out_problems("dynamic", named, quantized, kept)
+        return problems + entry_problems(block, quantized, kept)
 
     def files(self, block: Mapping[str, Any] | None, outputs: Mapping[str, str]) -> dict[str, str]:
         """quantize_config.json: the same block, for loaders that look there."""
@@ -172,6 +165,19 @@ def weights_of_parts(tensors: Mapping[str, Any], parts: Sequence[str]) -> list[s
     return list(dict.fromkeys(f"{module}.weight" for module, _, part in found if part in parts))
 
 
-def _skip(entry: str) -> str:
-    """An entry of `ignore` as an entry of `dynamic`."""
-    return f"-:{entry[3:]}" if entry.startswith("re:") else f"-:^{re.escape(entry)}$"
+def left_out_entries(quantized: Sequence[str], kept: Sequence[str], mtp_layer: int | None) -> dict[str, dict[str, Any]]:
+    """`dynamic`: entries that begin with "-:" name, as regular expressions, what is not quantised. The same as the `ignore` of
+    compressed-tensors."""
+    entries = ignore_list(quantized, kept, mtp_layer)
+    return {f"-:{entry[3:]}" if entry.startswith("re:") else f"-:^{re.escape(entry)}$": {} for entry in entries}
+
+
+def entry_problems(block: Any, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """What `dynamic` names and should not, or does not name and should."""
+    dynamic = block.get("dynamic") if isinstance(block, Mapping) else None
+    skipped = [str(entry)[2:] for entry in (dynamic or {}) if str(entry).startswith("-:")]
+
+    def named(module: str) -> bool:
+        return any(re.match(pattern, module) for pattern in skipped)
+
+    return left_out_problems("dynamic", named, quantized, kept)
