@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -240,13 +240,11 @@ def _facts_line(facts: Mapping[str, Any]) -> str:
 # -- reporting ---------------------------------------------------------------------------------------------------------
 
 _reported: set[tuple[str, str]] = set()
-_choices: dict[tuple[str, str], str] = {}
 
 
 def _report(selection: Selection) -> None:
     if selection.hypothetical is not None or selection.chosen is None:
         return
-    _choices[(selection.operator, _facts_line(selection.facts))] = selection.chosen.id
     mode = _flags.current().log
     once = (selection.operator, selection.chosen.id)
     if mode == "trace":
@@ -257,15 +255,21 @@ def _report(selection: Selection) -> None:
         logger.log(logging.WARNING if on_accelerator else logging.INFO, "%s", selection if on_accelerator else selection.title)
 
 
-def choices_digest() -> str:
-    """A digest of every choice this process has made (operator, facts, implementation)."""
-    return hashlib.sha256(repr(sorted(_choices.items())).encode()).hexdigest()[:16]
+def choices_of(selections: Iterable[Selection]) -> dict[tuple[str, str], str]:
+    """(operator, facts) -> the implementation that was chosen for them."""
+    return {(each.operator, _facts_line(each.facts)): each.chosen.id for each in selections if each.chosen is not None}
 
 
-def check_ranks_agree(group: Any = None) -> None:
-    """Compares the choices of all ranks of a process group and stops every rank when they differ.
+def choices_digest(selections: Iterable[Selection]) -> str:
+    """A digest of choices (operator, facts, implementation), whatever their order."""
+    return hashlib.sha256(repr(sorted(choices_of(selections).items())).encode()).hexdigest()[:16]
+
+
+def check_ranks_agree(selections: Iterable[Selection], group: Any = None) -> None:
+    """Compares the choices of one model over all ranks of a process group and stops every rank when they differ.
 
     Args:
+        selections: of the model; what else a process has chosen, for another model or on its own, is nobody's concern.
         group: a torch.distributed group; None is the default group. Does nothing when torch.distributed is not initialised.
 
     Raises:
@@ -274,9 +278,10 @@ def check_ranks_agree(group: Any = None) -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
+    selections = list(selections)
     world = distributed.get_world_size(group)
     everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, (choices_digest(), _choices), group=group)
+    distributed.all_gather_object(everyone, (choices_digest(selections), choices_of(selections)), group=group)
     if len({digest for digest, _ in everyone}) == 1:
         return
     keys = sorted({key for _, choices in everyone for key in choices})

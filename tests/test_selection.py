@@ -279,12 +279,10 @@ def test_a_portable_choice_on_an_accelerator_warns_with_the_whole_record(same, c
 
 
 def test_choices_digest_follows_the_choices(same):
-    before = selection.choices_digest()
-    same.select(**FACTS)
-    after = selection.choices_digest()
-    assert after != before
-    same.select(**FACTS)
-    assert selection.choices_digest() == after
+    first, second = same.select(**FACTS), registry.OPERATORS["rms_norm"].select(**NORM_FACTS)
+    digest = selection.choices_digest([first, second])
+    assert selection.choices_digest([second, same.select(**FACTS), second]) == digest
+    assert len({digest, selection.choices_digest([first]), selection.choices_digest([second])}) == 3
 
 
 # -- plugins -----------------------------------------------------------------------------------------------------------
@@ -391,15 +389,13 @@ from glm5_port.selection import check_ranks_agree
 def rank(number, path, queue):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=number, world_size=2)
     facts = dict(device_type="cpu", dtype=torch.float32, width=8)
-    rms_norm.select(**facts)
-    check_ranks_agree()
+    check_ranks_agree([rms_norm.select(**facts)])
     queue.put("agree")
     dist.barrier()
     if number == 1:
         rms_norm.implement("cpu", variant="mine", rank=1)(lambda x, weight, eps: x)
-        rms_norm.select(**facts)
     try:
-        check_ranks_agree()
+        check_ranks_agree([rms_norm.select(**facts)])
         queue.put("silent")
     except glm5_port.errors.RankMismatchError as error:
         queue.put(str(error))
@@ -443,7 +439,7 @@ def test_ranks_that_differ_stop_and_no_vendor_package_is_imported(tmp_path):
 
 
 def test_agreement_does_nothing_without_a_process_group():
-    selection.check_ranks_agree()
+    selection.check_ranks_agree([])
 
 
 def test_a_child_gets_the_same_flags(same, set_flags):

@@ -83,7 +83,7 @@ def build(
         implementation=implementation,
         ranks=ranks,
     )
-    model.ranks.check_choices()  # before any weight is read: every choice is made by now
+    model.ranks.check_choices(model.decisions())  # before any weight is read: every choice is made by now
     _fill(model, read)
     return model
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from glm5_port.config import Glm5Config
 from glm5_port.errors import InputError
 from glm5_port.model.cache import Batch, PagedCache
-from glm5_port.selection import check_ranks_agree
+from glm5_port.selection import Selection, check_ranks_agree
 
 if TYPE_CHECKING:
     from glm5_port.model.bindings import Binder
@@ -101,9 +101,9 @@ class Ranks:
         """The layout as plain data, for reports; None for one rank."""
         return None
 
-    def check_choices(self) -> None:
-        """Stops every rank where ranks chose different implementations."""
-        check_ranks_agree()
+    def check_choices(self, selections: Sequence[Selection]) -> None:
+        """Stops every rank where ranks chose different implementations for a model; `selections` are its choices."""
+        check_ranks_agree(selections)
 
     def new_cache(self, lengths: Sequence[int], page_size: int, **options: Any) -> PagedCache:
         """A cache with room for sequences of these final lengths, opened in this order."""

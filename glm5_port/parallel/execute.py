@@ -34,7 +34,7 @@ from glm5_port.parallel.plan import ALL_REDUCE, Layout
 from glm5_port.parallel.rows import RankBatch, SharedCache
 from glm5_port.parallel.sharding import divided
 from glm5_port.quant.packing import CODES_PER_WORD
-from glm5_port.selection import check_ranks_agree
+from glm5_port.selection import Selection, check_ranks_agree
 
 MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
 """Odd, so that multiplying by it loses no bit of a digest."""
@@ -124,7 +124,7 @@ class PlanRanks(Ranks):
         if over is None or ways == 1:
             return None
         group = None if self.config.int4 is None or axis == 0 else self.config.int4.group_size
-        if axis == 1 and shape[1] == 1 and name.endswith("_scale"):
+        if axis == 1 and shape[1] == 1 and name.endswith("_scale") and group in (None, PER_CHANNEL):
             return None  # one scale serves the whole row, and so each part
         units, what = shape[axis], "elements"
         if group is not None and group != PER_CHANNEL and name.endswith(("_packed", "_scale")):
@@ -140,9 +140,9 @@ class PlanRanks(Ranks):
     def describe(self) -> dict[str, Any] | None:
         return {"layout": str(self.layout), "ranks": self.layout.ranks, **dataclasses.asdict(self.layout)}
 
-    def check_choices(self) -> None:
+    def check_choices(self, selections: Sequence[Selection]) -> None:
         with collectives.answered("all_gather", "bookkeeping"):
-            check_ranks_agree(self.stage)  # stages differ in what they run
+            check_ranks_agree(selections, self.stage)  # stages differ in what they run
 
     def new_cache(self, lengths: Sequence[int], page_size: int, **options: Any) -> PagedCache:
         self.dtype = options["dtype"]

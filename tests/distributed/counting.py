@@ -23,8 +23,8 @@ from glm5_port.model.cache import Span
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.parallel import collectives
 from glm5_port.parallel.cost.compute import imbalance
+from glm5_port.parallel.cost.service import TERMS  # and with it every term
 from glm5_port.parallel.cost.step import Step, model_size
-from glm5_port.parallel.cost.terms import TERMS
 from glm5_port.parallel.execute import PlanRanks
 from glm5_port.parallel.plan import DECODE, PREFILL, Layout
 from glm5_port.parallel.topology import find_hardware
@@ -123,7 +123,7 @@ def walk(layout: Layout, stage: int, phase: str) -> tuple[Counter[str], Counter[
         cut = ranks.cut(name, expected[name].component, expected[name].shape)
         return whole(name) if cut is None else whole(name).narrow(*cut).clone()
 
-    ranks.check_choices = lambda: None  # type: ignore[method-assign]  # asks objects of other ranks, which are not there
+    ranks.check_choices = lambda selections: None  # type: ignore[method-assign]  # asks objects of other ranks, which are not there
     model = build(of, read, backend="cpu", dtype=torch.bfloat16, ranks=ranks)
     for bound in model.binder.bindings:
         if bound.selection.operator == "route_experts":
