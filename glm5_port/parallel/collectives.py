@@ -6,7 +6,9 @@
     all_to_all       what goes to other ranks
 
 gloo's reduce-scatter is an all-reduce inside (it sends twice the bytes), so there the parts travel by all-to-all and are added up
-here. Inside `record()` every call is written down, for comparison with the cost model.
+here. Its all-to-all, and its all-gather between two, says that a message may come behind the message that goes: where one rank
+begins earlier, both directions of a link work one after the other. So there every rank first says what it takes, and then sends.
+Inside `record()` every call is written down, for comparison with the cost model.
 """
 
 from __future__ import annotations
@@ -97,7 +99,10 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, purpose: str, routes: int = 
     gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
     _note("all_gather", ranks, _bytes(x) * (ranks - 1), purpose, x.shape[0] * (ranks - 1) * routes)
     with answered("all_gather", purpose):
-        _gather_into(gathered, x, group=group)
+        if ranks == 2 and dist.get_backend(group) == "gloo":
+            _swap([x, x], list(gathered.chunk(2)), group)
+        else:
+            _gather_into(gathered, x, group=group)
     return gathered
 
 
@@ -111,7 +116,7 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, purpose: str) -> Tensor:
     if dist.get_backend(group) == "gloo":
         parts = torch.empty_like(x)
         with answered("reduce_scatter", purpose):
-            dist.all_to_all_single(parts, x, group=group)
+            _swap(list(x.chunk(ranks)), list(parts.chunk(ranks)), group)
         return sum_parts(parts.unflatten(0, (ranks, -1)), x.dtype)
     scattered = x.new_empty((x.shape[0] // ranks, *x.shape[1:]))
     with answered("reduce_scatter", purpose):
@@ -157,8 +162,24 @@ def all_to_all(
     _note("all_to_all", ranks, _bytes(x) / max(x.shape[0], 1) * rows, purpose, rows * routes)
     arrived = x.new_empty((sum(receive), *x.shape[1:]))
     with answered("all_to_all", purpose):
-        dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)
+        if dist.get_backend(group) == "gloo":
+            _swap(list(x.split(list(send))), list(arrived.split(list(receive))), group)
+        else:
+            dist.all_to_all_single(arrived, x, list(receive), list(send), group=group)
     return arrived
+
+
+def _swap(to: Sequence[Tensor], of: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sends `to[p]` to rank p of the group and receives `of[p]` from it, over gloo. All that is taken is said before anything is
+    sent; ranks start with the one behind them, so that not all of them send to the same one."""
+    ranks, own = group.size(), group.rank()
+    of[own].copy_(to[own])
+    others = [(own + step) % ranks for step in range(1, ranks)]
+    pending = [dist.irecv(of[p], group=group, group_src=p) for p in others if of[p].numel()]
+    pending += [dist.isend(to[p], group=group, group_dst=p) for p in others if to[p].numel()]
+    for each in pending:
+        if each is not None:
+            each.wait()
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
