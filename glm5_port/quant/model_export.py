@@ -9,8 +9,7 @@ masters and the stored scales.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -22,23 +21,14 @@ from torch import Tensor, nn
 from glm5_port.model.named_weights import NamedWeights
 from glm5_port.model.save import Progress, carried, config_text, new_directory, write_shards
 from glm5_port.model.stored_tensors import StoredTensor
-from glm5_port.model.tensors import PROJECTION, TensorSpec
+from glm5_port.model.tensors import TensorSpec, layer_prefix
+from glm5_port.quant.choice import choice_of
 from glm5_port.quant.files import as_bytes, tensor_digest
 from glm5_port.quant.finish import write_last_files
 from glm5_port.quant.formats.compressed_tensors import PACKED, SCALE, CompressedTensors
 from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.output_files import PlannedTensor
-from glm5_port.quant.plan import (
-    BF16,
-    DEFAULT_SHARD_BYTES,
-    INT4,
-    ROUTED_EXPERTS,
-    Options,
-    Plan,
-    config_block,
-    config_with,
-    facts_of,
-)
+from glm5_port.quant.plan import DEFAULT_SHARD_BYTES, INT4, Options, Plan, config_block, config_with, facts_of
 from glm5_port.quant.qat import check_current, quantised_state, rule_of_model
 from glm5_port.quant.statistics import measure
 
@@ -108,7 +98,9 @@ def _plan(weights: NamedWeights, state: Mapping[str, tuple[Tensor, Tensor]], rul
         _quantized(name, spec, rule, weights) if name in state else carried(name, spec, weights)
         for name, spec in weights.specs.items()
     )
-    options = _options(weights.specs, tensors, rule, max_shard_bytes)
+    prefix = None if weights.config.mtp_layer is None else layer_prefix(weights.config.mtp_layer)
+    choice = choice_of(weights.specs, {tensor.name for tensor in tensors if tensor.action == INT4}, prefix)
+    options = Options(rule=rule, mtp=choice.mtp, include=choice.include, exclude=choice.exclude, max_shard_bytes=max_shard_bytes)
     facts = facts_of(weights.config, options, weights.source)
     return Plan(
         source=weights.source or Path(),
@@ -129,42 +121,6 @@ def _quantized(name: str, spec: TensorSpec, rule: Int4Rule, weights: NamedWeight
     source = StoredTensor(plain.source.shape, plain.source.dtype, "", plain.source.bytes, 0)
     outputs = CompressedTensors().tensors(name, spec.shape, rule)
     return PlannedTensor(name, INT4, spec.component, plain.mtp, source, None, outputs)
-
-
-def _options(specs: Mapping[str, TensorSpec], tensors: Sequence[PlannedTensor], rule: Int4Rule, max_shard_bytes: int) -> Options:
-    """The options with which an export would choose the same weights: manifest and `verify` know a choice by them."""
-    projections = [tensor for tensor in tensors if specs[tensor.name].kind == PROJECTION]
-    experts = [tensor for tensor in projections if tensor.component == ROUTED_EXPERTS]
-    mtp = INT4 if any(tensor.mtp and tensor.action == INT4 for tensor in projections) else BF16
-    chosen = {tensor.name for tensor in experts if mtp == INT4 or not tensor.mtp}
-    quantized = {tensor.name for tensor in projections if tensor.action == INT4}
-    names = [tensor.name for tensor in projections]
-    return Options(
-        rule=rule,
-        mtp=mtp,
-        include=_patterns(quantized - chosen, names),
-        exclude=_patterns(chosen - quantized, names),
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
-def _patterns(wanted: set[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Regular expressions that find the wanted names and no other: with the numbers of layers and experts left open where that is
-    right, the shortest list that this gives."""
-    fits: dict[str, bool] = {}
-
-    def finds_only_wanted(pattern: str) -> bool:
-        if pattern not in fits:
-            fits[pattern] = all(name in wanted for name in names if re.search(pattern, name))
-        return fits[pattern]
-
-    found: dict[str, None] = {}
-    for name in (name for name in names if name in wanted):
-        exact = f"^{re.escape(name)}$"
-        of_all_experts = re.sub(r"experts\\\.\d+", r"experts\\.\\d+", exact)
-        of_all_layers = re.sub(r"layers\\\.\d+", r"layers\\.\\d+", of_all_experts)
-        found[next(pattern for pattern in (of_all_layers, of_all_experts, exact) if finds_only_wanted(pattern))] = None
-    return tuple(found)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from glm5_port.config import Glm5Config
 from glm5_port.errors import InputError
 from glm5_port.model.stored_tensors import FLOATS, StoredTensor, StoredTensors
 from glm5_port.model.tensors import FLOAT32, PROJECTION, TensorSpec, expected_tensors, layer_prefix
+from glm5_port.quant.choice import Choice, choice_of
 from glm5_port.quant.files import Reader
 from glm5_port.quant.formats import Format, int8_tensors
 from glm5_port.quant.int4 import Int4Rule
@@ -26,7 +27,7 @@ class Structure:
         format: they are stored in.
         rule: they are said to follow.
         weights: quantised weight -> its stored tensors by name. Only weights that are whole.
-        mtp_quantized: whether the MTP layer has quantised weights.
+        choice: the options that choose the weights of which any part is stored quantised.
         shapes: weight -> [out, in] as the model expects it.
         int8: weight in INT8 -> its stored tensors: codes, scales, offsets. Only weights that are whole.
         owners: every piece that the model has in this format -> the tensor of the model that it belongs to.
@@ -36,7 +37,7 @@ class Structure:
     format: Format
     rule: Int4Rule
     weights: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
-    mtp_quantized: bool = False
+    choice: Choice = field(default_factory=Choice)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     int8: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
@@ -96,7 +97,7 @@ def read_structure(
             structure.owners |= {output.name: name for output in kept[name]}
             for output in kept[name]:
                 _check_plain(structure, output, stored)
-    structure.mtp_quantized = prefix is not None and any(name.startswith(prefix) for name in structure.weights)
+    structure.choice = choice_of(expected, quantized, prefix)
     if check_config:
         modules: dict[bool, list[str]] = {True: [], False: []}
         for name, spec in expected.items():

@@ -25,7 +25,6 @@ from glm5_port.quant.int4 import Int4Rule
 from glm5_port.quant.manifest import read_manifest, rule_of
 from glm5_port.quant.output_files import PlannedTensor
 from glm5_port.quant.plan import (
-    BF16,
     CARRY,
     INT4,
     INT8,
@@ -113,12 +112,12 @@ def plan_transcode(source: str | PathLike[str], options: Options) -> Plan:
         raise CheckpointError("\n  ".join([f"{path} is not whole, so nothing is written", *problems[:SHOWN], *more]))
     if not structure.weights:
         raise CheckpointError(f"{path} holds no INT4 weights\n  expected: tensors as {source_format.title} has them")
-    if structure.mtp_quantized and not find_format(options.format).mtp:
+    if structure.choice.mtp == INT4 and not find_format(options.format).mtp:
         raise InputError(
             f"{path} has its MTP layer in INT4, and format {options.format} has it in bf16 only\n"
             "  Export the original weights with --mtp bf16 first (or directly with this --format)"
         )
-    options = replace(options, rule=rule, mtp=INT4 if structure.mtp_quantized else BF16, include=(), exclude=())
+    options = replace(options, rule=rule, mtp=structure.choice.mtp, include=(), exclude=())
     options = fitting_options(options, notes)
     tensors = tuple(_planned(config, stored, structure, options))
     container, facts = find_format(options.format).container, facts_of(config, options, path)

@@ -12,7 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -301,8 +301,10 @@ def _plan(source: Path, manifest: Mapping[str, Any] | None, structure: Structure
             exclude=tuple(manifest["exclude"]),
             max_shard_bytes=manifest["max_shard_bytes"],
         )
+    elif is_int4(source):
+        options = Options(structure.format.name, structure.rule, mtp=structure.choice.mtp)
     else:
-        options = Options(structure.format.name, structure.rule, mtp=INT4 if structure.mtp_quantized else BF16)
+        options = Options(structure.format.name, structure.rule, **asdict(structure.choice))
     try:
         plan = plan_transcode(source, options) if is_int4(source) else plan_export(source, options)
     except InputError as error:

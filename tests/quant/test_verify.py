@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glm5_port.errors import CheckpointError, ConfigError
 from glm5_port.quant.export import export
+from glm5_port.quant.plan import Options
 from glm5_port.quant.verify import verify
 from tests.quant.exports import SMALL_SHARDS, change, expert, read_all, write_source
 
@@ -141,6 +142,21 @@ def test_a_good_export_has_no_problem_by_any_way(good: Path, source: Path, copy:
     alone = verify(copy)
     assert alone.problems == []
     assert any("no sha256" in note for note in alone.notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(include=("shared_experts",)),
+        Options(exclude=(r"layers\.2\.",)),
+        Options(mtp="bf16", include=(r"layers\.2\.mlp\.shared_experts\.(gate|up)_proj",), exclude=(r"experts\.3\.",)),
+    ],
+    ids=["include", "exclude", "both, and an MTP layer in bf16"],
+)
+def test_what_an_export_chose_is_known_without_its_manifest(source: Path, tmp_path: Path, options: Options) -> None:
+    export(source, tmp_path / "int4", options)
+    (tmp_path / "int4" / MANIFEST).unlink()
+    assert verify(tmp_path / "int4", source).problems == []
 
 
 @pytest.mark.parametrize(
