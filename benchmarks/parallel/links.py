@@ -15,6 +15,7 @@ There is no delay: the kernels this was made on have no netem.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parallel.processor import Shares
 from glm5_port.parallel.quantities import parse_quantity
 
 PAYLOAD = 1448 / 1514
@@ -92,10 +94,15 @@ def _unshare() -> list[str]:
 
 
 class Cluster:
-    """Emulated machines; a context manager."""
+    """Emulated machines; a context manager.
 
-    def __init__(self, wires: Wires) -> None:
-        self.wires = wires
+    Args:
+        wires: what is emulated.
+        share: of a core that each rank has, however many of them work; None: what the others leave.
+    """
+
+    def __init__(self, wires: Wires, share: float | None = None) -> None:
+        self.wires, self.share = wires, share
         self._holders: list[subprocess.Popen[bytes]] = []
         self._ranks: list[int] = []
         self._machines: list[int] = []
@@ -135,10 +142,13 @@ class Cluster:
         Raises:
             RankFailed: a rank failed (the others are ended then), or time is over; with what it wrote to stderr.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        shares = contextlib.nullcontext() if self.share is None else Shares(self.wires.world, self.share)
+        with tempfile.TemporaryDirectory() as folder, shares as held:
             places = [Path(folder) / str(rank) for rank in self.all]
             started = [self._start(rank, command, environment or {}, places[rank]) for rank in self.all]
             try:
+                if held is not None:
+                    held.hold([process.pid for process in started])
                 self._wait(started, places, timeout)
             finally:
                 for process in started:

@@ -1,12 +1,14 @@
 """Does the planner choose the plan that is fastest? Every plan of a small model is executed on emulated weak links, and timed.
 
-    python -m benchmarks.parallel.regret [--setting N] [--rounds 3] [--json]
+    python -m benchmarks.parallel.regret [--setting N] [--rounds 7] [--json]
 
 Four ranks run the plan of one replica; requests are prompts of equal length, prefilled and decoded for one step. Links are
-described as they were set (`benchmarks.parallel.collectives`), with the latency of a small all-reduce. The compute term is
-calibrated under the same sharing of the processor: all four ranks run the whole model at the same time, at two sizes, which gives
-the time of a layer and of an operation. Then the planner ranks, every plan runs in turn, round after round, and medians count.
-Regret is the time of the planner's choice over that of the fastest plan, less 1.
+described as they were set (`benchmarks.parallel.collectives`), with the latency of a small all-reduce. Every rank has the same
+share of a core the whole time (`benchmarks.parallel.processor`), whether others compute or wait, and the compute term is
+calibrated so: all four ranks run the whole model, at two sizes, which gives the time of a layer and of an operation. Then the
+planner ranks, every plan runs in turn, round after round for a minute or so, and medians count; a plan that takes more than
+`FAR` times the fastest in the first round is left at that. Regret is the time of the planner's choice over that of the fastest
+plan, less 1.
 """
 
 from __future__ import annotations
@@ -43,11 +45,18 @@ from glm5_port.registry import BACKENDS
 from glm5_port.testing.tiny import tiny_config
 
 SETTINGS = (
+    Wires(machines=2, ranks=2, between="20 Mb/s", inside="20 Mb/s"),
+    Wires(machines=1, ranks=4, between="1 Gb/s", inside="20 Mb/s"),
     Wires(machines=2, ranks=2, between="20 Mb/s", inside="100 Mb/s"),
-    Wires(machines=2, ranks=2, between="40 Mb/s", inside="40 Mb/s"),
-    Wires(machines=1, ranks=4, between="1 Gb/s", inside="40 Mb/s"),
+    Wires(machines=2, ranks=2, between="10 Mb/s", inside="200 Mb/s"),
     Wires(machines=2, ranks=2, between="40 Mb/s", inside="200 Mb/s"),
+    Wires(machines=2, ranks=2, between="20 Mb/s", inside="1 Gb/s"),
 )
+SHARE = 0.4
+"""Of a core for each of four ranks: what two cores can hold to, with room for the kernel's own work."""
+FAR = 2.0
+ENOUGH = 60.0
+"""Seconds of timed runs after which no further round begins."""
 PROMPTS, LENGTH, SHORT = 4, 128, 8
 """Requests at the same time; tokens of each; of each in the smaller of the two calibrations."""
 LATENCY_CALLS = 20
@@ -130,6 +139,15 @@ def plans(question: Question) -> dict[Layout, float]:
     return {layout: PROMPTS / serve_mixed(prices, layout, 1, PROMPTS).output_rate for layout in dict.fromkeys(found)}
 
 
+def far_apart(predicted: dict[Layout, float], factor: float) -> dict[Layout, float]:
+    """The fastest, and then each time the next that takes `factor` times as long as the one before."""
+    found: dict[Layout, float] = {}
+    for layout, seconds in sorted(predicted.items(), key=lambda item: item[1]):
+        if not found or seconds >= factor * max(found.values()):
+            found[layout] = seconds
+    return found
+
+
 def share_of_links(question: Question, layout: Layout) -> float:
     """Share of a prompt that is communication, as predicted."""
     prefill = question.prices(question.topology).prefill(layout, layout.data, PROMPTS // layout.data)
@@ -179,24 +197,27 @@ def calibrate(group: Group, rounds: int) -> dict[str, float]:
     return found
 
 
-def work(wires: Wires, rounds: int) -> dict[str, Any]:
-    """Calibrates, plans, runs every plan; the same result on every rank."""
+def work(wires: Wires, rounds: int, far: float | None = None) -> dict[str, Any]:
+    """Calibrates, plans, runs every plan, or those that are `far` apart; the same result on every rank."""
     group = Group(BACKENDS["cpu"], {"wires": str(wires), "rounds": rounds})
     with torch.inference_mode():
         found = calibrate(group, rounds)
         question = ask(wires, calibrated(wires, found))
-        predicted = plans(question)
-        # Ranks compare what they chose with those of their stage, and stages differ: those with large stages first.
+        predicted = plans(question) if far is None else far_apart(plans(question), far)
         models = {
-            layout: make(PlanRanks(layout, small_config(), node_devices=wires.ranks, device=group.device))
-            for layout in sorted(predicted, key=lambda layout: layout.pipeline)
+            layout: make(PlanRanks(layout, small_config(), node_devices=wires.ranks, device=group.device)) for layout in predicted
         }
         for model in models.values():
             seconds_of(model, SHORT)
         times: dict[Layout, list[float]] = {layout: [] for layout in models}
-        for _ in range(rounds):
+        started = time.perf_counter()
+        for round_number in range(rounds):
+            if round_number and group.slowest([time.perf_counter() - started])[0] > ENOUGH:
+                break
+            fastest = min((found[0] for found in times.values() if found), default=0.0)
             for layout, model in models.items():
-                times[layout] += group.slowest([seconds_of(model, LENGTH)])
+                if far is not None or round_number == 0 or times[layout][0] <= FAR * fastest:
+                    times[layout] += group.slowest([seconds_of(model, LENGTH)])
     chosen = next(iter(predicted))
     return {
         "wires": str(wires),
@@ -248,14 +269,22 @@ def row(found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} | {found['regret']:.0%} |"
 
 
-def measure(number: int, rounds: int) -> dict[str, Any]:
+def measure(number: int, rounds: int, *, share: float | None = SHARE, far: float | None = None) -> dict[str, Any]:
     """One setting, on emulated links.
+
+    Args:
+        number: of `SETTINGS`.
+        rounds: in which every plan runs.
+        share: of a core for each rank; None: what the others leave.
+        far: only plans that are so many times apart, as predicted; None: all.
 
     Raises:
         NotPermitted: no links can be emulated here.
+        OSError: a rank cannot be held to a share here.
     """
     command = [sys.executable, "-m", "benchmarks.parallel.regret", "--worker", "--setting", str(number), "--rounds", str(rounds)]
-    with Cluster(SETTINGS[number]) as cluster:
+    command += [] if far is None else ["--far", str(far)]
+    with Cluster(SETTINGS[number], share) as cluster:
         return dict(json.loads(cluster.run(command, timeout=290)[0]))
 
 
@@ -264,13 +293,14 @@ def main() -> None:
     parser.add_argument(
         "--setting", type=int, action="append", choices=range(len(SETTINGS)), help="only this one; may be repeated"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--far", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     numbers = range(len(SETTINGS)) if arguments.setting is None else arguments.setting
     if arguments.worker:
-        report = work(SETTINGS[numbers[0]], arguments.rounds)
+        report = work(SETTINGS[numbers[0]], arguments.rounds, arguments.far)
         if os.environ["RANK"] == "0":
             print(json.dumps(report))
         return
