@@ -34,9 +34,13 @@ def main() -> None:
     parser.add_argument("-m", dest="module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     asked = parser.parse_args()
-    from tests.npu_runtime import machine
+    from tests.npu_runtime import libraries, machine
 
-    print(f"{machine.TITLE}: {machine.start(asked.chip, asked.cann)}; no kernel of the hardware runs", file=sys.stderr)
+    try:
+        running = machine.start(asked.chip, asked.cann)
+    except libraries.Missing as missing:
+        parser.error(str(missing))
+    print(f"{machine.TITLE}: {running}; no kernel of the hardware runs", file=sys.stderr)
     if asked.no_skips:
         unittest.skip = lambda reason: lambda function: function  # type: ignore[assignment]
         unittest.skipIf = unittest.skipUnless = lambda condition, reason: lambda function: function  # type: ignore[assignment]

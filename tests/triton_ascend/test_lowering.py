@@ -68,5 +68,5 @@ def test_kernels_without_a_vendor_operator() -> None:
     """Where this backend has portable implementations only, Triton's kernels could stand in; all but one would."""
     with_vendor = {name.partition("/")[0] for name in NEEDS}
     wanted = {name for name, implementation, _ in kernels() if implementation.operator.name not in with_vendor}
-    assert {"attend_expanded", "scores_of_tokens", "quantize_groups", "dequantize_words"} <= wanted
+    assert {"attend_expanded", "scores_of_tokens", "quantize_groups", "quantize_and_measure_rows", "dequantize_words"} <= wanted
     assert wanted & set(NOT_LOWERED) == {"count_digits"}

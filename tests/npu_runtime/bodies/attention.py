@@ -111,8 +111,10 @@ def kv_quant_sparse_flash_attention(a: Any) -> Tensor:
     kernels=tuple(f"aclnnFusedInferAttentionScore{version}" for version in ("", "V2", "V3", "V4", "V5")),
     chips=("A2", "A3"),
 )
-def fused_infer_attention_score(a: Any) -> tuple[Tensor, None]:
-    require(a.query_rope is not None and a.key_rope is not None, "no body but for a latent with a rope part")
+def fused_infer_attention_score(a: Any) -> tuple[Tensor, Tensor | None]:
+    require((a.query_rope is None) == (a.key_rope is None), "both rope parts, or none")
+    if a.query_rope is None:
+        return _heads_of_their_own(a)
     require(a.block_table is not None, "no body but for paged keys")
     require(not a.softmax_lse_flag, "no body with the softmax's sums")
     require(a.input_layout in ("TND", "BNSD", "BSND"), "no body for this layout")
@@ -161,6 +163,24 @@ def fused_infer_attention_score(a: Any) -> tuple[Tensor, None]:
         return out.to(a.query.dtype), None
     out = out.view(tokens_first.shape[0], -1, heads, LATENT)
     return (out.transpose(1, 2) if a.input_layout == "BNSD" else out).to(a.query.dtype).contiguous(), None
+
+
+def _heads_of_their_own(a: Any) -> tuple[Tensor, Tensor | None]:
+    """Keys and values by head, in one piece for each sequence; the log of the softmax's sums where it is asked for."""
+    require(a.input_layout in ("BNSD", "BSND"), "no body for this layout without a rope part")
+    require(a.block_table is None and a.sparse_mode == 0 and a.atten_mask is None, "no body for pages or masks by head")
+    require(a.actual_seq_lengths is None and a.actual_seq_lengths_kv is None, "no body for lengths by head")
+    query, key, value = (t if a.input_layout == "BNSD" else t.transpose(1, 2) for t in (a.query, a.key, a.value))
+    key_heads = a.num_key_value_heads or a.num_heads
+    require(query.shape[1] == a.num_heads and key.shape[1] == value.shape[1] == key_heads, "heads as the arguments say")
+    require(a.num_heads % key_heads == 0 and a.num_heads <= 256, "whole groups of heads, 256 at most")
+    require(len({query.dtype, key.dtype, value.dtype}) == 1 and query.dtype in NARROW, "one dtype of 16 bits")
+    require(query.shape[-1] <= 512 and query.shape[-1] % 16 == 0, "widths of a head in whole 16s, 512 at most")
+    key, value = (t.float().repeat_interleave(a.num_heads // key_heads, dim=1) for t in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * a.scale
+    out = (scores.softmax(-1).to(query.dtype).float() @ value).to(query.dtype)
+    out = out if a.input_layout == "BNSD" else out.transpose(1, 2).contiguous()
+    return out, scores.logsumexp(-1, keepdim=True) if a.softmax_lse_flag else None
 
 
 def _pages(cache: Tensor, block_size: int) -> Tensor:

@@ -94,16 +94,53 @@ def quantize(a: Any) -> Tensor:
     return packed(codes.clamp(-8, 7))
 
 
+_NOTHING, _WHOLE, _EITHER = (None,), (torch.int32, None), (torch.int32, torch.bfloat16, torch.float32, None)
+_ENCODED, _WIDE = (torch.int64, torch.float32), (torch.float32, torch.bfloat16)
+COMBINATIONS = (
+    (_ENCODED, _NOTHING, _WHOLE, _NOTHING, (torch.float16,)),
+    (_ENCODED, (torch.float32, None), _WHOLE, _NOTHING, (torch.int8,)),
+    (_WIDE, _NOTHING, _EITHER, (torch.float32, None), (torch.bfloat16,)),
+    ((torch.float32,), _NOTHING, _EITHER, (torch.float32,), (torch.float16,)),
+    (_WIDE, _NOTHING, _WHOLE, _NOTHING, (torch.int32,)),
+)
+PACKED_COMBINATIONS = (
+    (_ENCODED, _NOTHING, _WHOLE, _NOTHING, (torch.float16,)),
+    ((torch.float32,), (torch.float16, None), _NOTHING, (torch.float32,), (torch.bfloat16, torch.float16)),
+)
+"""Table 2 of the page of npu_quant_matmul: dtypes of (scale, offset, bias, pertoken_scale, result) that go together, for int8 and
+for packed 4 bits."""
+
+
+def unpacked_right(left: Tensor, right: Tensor) -> Tensor:
+    """[inputs, outputs] of packed 4 bits: eight outputs a word, or eight inputs a word in a matrix that is seen transposed."""
+    if right.shape[0] == 8 * left.shape[-1]:
+        require(right.is_contiguous(), "packed x2 without gaps")
+        return unpacked(right)
+    require(right.shape[0] == left.shape[-1] and right.t().is_contiguous(), "packed x2 [k, n / 8], or [k / 8, n] transposed")
+    return unpacked(right.t()).t()
+
+
 @body("npu_trans_quant_param", kernels=("aclnnTransQuantParamV2", "aclnnTransQuantParamV3"))
 def trans_quant_param(a: Any) -> Tensor:
+    require(not a.round_mode, "no body but cut scales")
+    scale = encoded_scale(a.scale)
+    if a.offset is None:
+        return scale
+    offset = a.offset.float().round().clamp(-256, 255).long() & 0x1FF
+    return (scale & 0x4000FFFFFFFF) | (offset << 37)
+
+
+def encoded_scale(scale: Tensor) -> Tensor:
     """float32 cut to 19 bits, in the low half of int64; bit 46 marks the form."""
-    require(a.offset is None, "no body with an offset")
-    return (a.scale.float().contiguous().view(torch.int32).long() & 0xFFFFE000) | 1 << 46
+    return (scale.float().contiguous().view(torch.int32).long() & 0xFFFFE000) | 1 << 46
 
 
 @body(
     "npu_quant_matmul",
-    kernels=("aclnnQuantMatmulV3", "aclnnQuantMatmulV4", "aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz"),
+    kernels=(
+        *("aclnnQuantMatmulV3", "aclnnQuantMatmulV4", "aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz"),
+        *("aclnnTransQuantParamV2", "aclnnTransQuantParamV3"),  # the front end encodes float32 scales of float16 results itself
+    ),
     chips=("A2", "A3"),
 )
 def quant_matmul(a: Any) -> Tensor:
@@ -114,14 +151,21 @@ def quant_matmul(a: Any) -> Tensor:
     require(a.output_dtype in RESULTS and not a.group_sizes and a.y_scale is None, "a result with a body")
     dtype = RESULTS[a.output_dtype]
     require(dtype != torch.bfloat16 or a.scale.dtype != torch.int64, "scale of float32 or bfloat16 for results of bfloat16")
-    require(a.pertoken_scale is None or a.pertoken_scale.dtype == torch.float32, "pertoken_scale of float32")
-    left, right = (unpacked(t) if t.dtype == torch.int32 else t for t in (a.x1, a.x2))
+    given = (a.scale.dtype, *(None if t is None else t.dtype for t in (a.offset, a.bias, a.pertoken_scale)), dtype)
+    table = PACKED_COMBINATIONS if a.x1.dtype == torch.int32 else COMBINATIONS
+    require(any(all(one in allowed for one, allowed in zip(given, row, strict=True)) for row in table), f"dtypes {given}")
+    left, right = (unpacked(a.x1), unpacked_right(a.x1, a.x2)) if a.x1.dtype == torch.int32 else (a.x1, a.x2)
     product, bias = left.double() @ right.double(), a.bias
     if bias is not None and bias.dtype == torch.int32:
         product, bias = product + bias.double(), None
     if dtype == torch.int32:
         return product.to(torch.int32)
-    out = product.float() * (scale_values(a.scale) if a.scale.dtype == torch.int64 else a.scale.float())
+    scale = (
+        encoded_scale(a.scale)
+        if dtype == torch.float16 and a.pertoken_scale is None and a.scale.dtype != torch.int64
+        else a.scale
+    )
+    out = product.float() * (scale_values(scale) if scale.dtype == torch.int64 else scale.float())
     out = out if a.pertoken_scale is None else out * a.pertoken_scale[..., None]
     out = out if bias is None else out + bias.float()
     out = out if a.offset is None else out + a.offset.float()
@@ -161,10 +205,14 @@ def _by_input(values: Tensor | None, group: int, inputs: int) -> Tensor | None:
 @body("npu_dequant_swiglu_quant", kernels=("aclnnDequantSwigluQuant", "aclnnDequantSwigluQuantV2"), chips=("A2", "A3"))
 def dequant_swiglu_quant(a: Any) -> tuple[Tensor, Tensor]:
     tokens, half = a.x.shape[0], a.x.shape[1] // 2
-    require(a.x.dim() == 2 and a.x.dtype in (torch.int32, *NARROW), "x of two dimensions")
-    require(a.swiglu_mode == 0 and a.quant_mode == 1 and a.dst_type in (None, 1), "no body but plain swiglu to dynamic int8")
-    require(a.bias is None and a.quant_offset is None, "no body with bias or offset")
-    x, rows = a.x.float(), tokens
+    require(a.x.dim() == 2 and a.x.dtype in (torch.int32, *NARROW) and a.x.shape[1] % 2 == 0, "x [tokens, 2 H]")
+    require(a.swiglu_mode in (0, 1, 2) and a.dst_type in (None, 1), "swiglu_mode 0, 1 or 2, and no body but for int8")
+    require(a.quant_mode == 1 and a.quant_offset is None, "no body but dynamic quantisation")
+    is_whole = a.x.dtype == torch.int32
+    require(is_whole or (a.bias is None and a.activation_scale is None), "bias and activation_scale for x of int32 only")
+    require(a.bias is None or a.bias.dtype == torch.int32, "bias of int32")
+    require(a.bias is None or a.group_index is None, "no bias with groups")
+    x, rows = (a.x if a.bias is None else a.x + a.bias).float(), tokens
     if a.group_index is not None:
         require(half % 64 == 0 and half <= 10496, "whole 64s, 10496 at most, with groups")
         counts = a.group_index
@@ -174,12 +222,26 @@ def dequant_swiglu_quant(a: Any) -> tuple[Tensor, Tensor]:
     else:
         groups = torch.zeros(rows, dtype=torch.long)
     x = x[:rows]
-    if a.x.dtype == torch.int32:
-        require(a.weight_scale is not None and a.activation_scale is not None, "both scales for x of int32")
-        x = x * a.weight_scale.reshape(-1, 2 * half)[groups] * a.activation_scale.reshape(-1, 1)[:rows]
-    first, second = x.chunk(2, dim=-1)
-    out = F.silu(first) * second if a.activate_left else F.silu(second) * first
+    if a.weight_scale is not None:
+        require(a.weight_scale.dtype == torch.float32, "weight_scale of float32")
+        x = x * a.weight_scale.reshape(-1, 2 * half)[groups]
+    if is_whole:
+        require(a.activation_scale is not None and a.activation_scale.dtype == torch.float32, "activation_scale of float32")
+        x = x * a.activation_scale.reshape(-1, 1)[:rows]
+    out = _activated(a, x)
     out = out if a.quant_scale is None else out * a.quant_scale.float().reshape(-1, half)[groups]
     codes, scale = undefined((tokens, half), torch.int8), undefined((tokens,), torch.float32)
     codes[:rows], scale[:rows] = quantised_rows(out)
     return codes, scale
+
+
+def _activated(a: Any, x: Tensor) -> Tensor:
+    """The three forms of swiglu: plain on halves, with limits on neighbours, with limits on halves."""
+    if a.swiglu_mode == 1:
+        gate, up = x[:, ::2], x[:, 1::2]
+    else:
+        gate, up = x.chunk(2, dim=-1) if a.activate_left else reversed(x.chunk(2, dim=-1))
+    if a.swiglu_mode == 0:
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=a.clamp_limit), up.clamp(-a.clamp_limit, a.clamp_limit)
+    return gate * torch.sigmoid(a.glu_alpha * gate) * (up + a.glu_bias)

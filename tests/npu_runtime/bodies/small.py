@@ -79,13 +79,14 @@ def half_layout(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return first_then_second * cos.float() + swapped(first_then_second, "half") * sin.float()
 
 
-@body("npu_transpose_batchmatmul", kernels=("aclnnTransposeBatchMatMul", "aclnnTransposeBatchMatMulWeightNZ"), chips=("A2", "A3"))
+@body("npu_transpose_batchmatmul", kernels=("aclnnTransposeBatchMatMul", "aclnnTransposeBatchMatMulWeightNz"), chips=("A2", "A3"))
 def transpose_batchmatmul(a: Any) -> Tensor:
     require(a.bias is None and a.scale is None, "no body with bias or scale")
     require(a.input.dtype == a.weight.dtype and a.input.dtype in FLOATING, "one floating dtype")
     first, second = a.perm_x1 or [0, 1, 2], a.perm_x2 or [0, 1, 2]
-    require(list(first) in ([0, 1, 2], [1, 0, 2]), "perm_x1 [0, 1, 2] or [1, 0, 2]")
-    require(list(second) == [0, 1, 2] and list(a.perm_y or [1, 0, 2]) == [1, 0, 2], "perm_x2 [0, 1, 2], perm_y [1, 0, 2]")
+    require(list(first) in ([0, 1, 2], [1, 0, 2]), "perm_x1 should be [0, 1, 2] or [1, 0, 2]")
+    require(list(second) == [0, 1, 2], "perm_x2 should be [0, 1, 2]")
+    require(list(a.perm_y or [1, 0, 2]) == [1, 0, 2], "perm_y should be [1, 0, 2]")
     heads, inputs, outputs = a.weight.shape
     require(inputs % 16 == 0 and outputs % 16 == 0, "widths in whole 16s")
     require(inputs < 65536 and (list(first) == [0, 1, 2] or inputs * heads < 65536), "rows of fewer than 65536 numbers")
@@ -115,3 +116,9 @@ def scatter_nd_update_(a: Any) -> None:
     places = a.indices.reshape(-1, depth).long()
     require(all(bool(((p >= 0) & (p < size)).all()) for p, size in zip(places.T, a.input.shape, strict=False)), "indices inside")
     a.input[tuple(places.T)] = a.updates.reshape(-1, *a.input.shape[depth:])
+
+
+@body("_npu_dtype_cast", kernels=("aclnnCast",))
+def dtype_cast(a: Any) -> Tensor:
+    """What torch's softmax casts with when a wider result is asked for."""
+    return a.input.to(a.dtype)
