@@ -49,7 +49,6 @@ SETTINGS = (
     Wires(machines=1, ranks=4, between="1 Gb/s", inside="20 Mb/s"),
     Wires(machines=2, ranks=2, between="20 Mb/s", inside="100 Mb/s"),
     Wires(machines=2, ranks=2, between="10 Mb/s", inside="200 Mb/s"),
-    Wires(machines=2, ranks=2, between="40 Mb/s", inside="200 Mb/s"),
     Wires(machines=2, ranks=2, between="20 Mb/s", inside="1 Gb/s"),
 )
 SHARE = 0.4
