@@ -320,7 +320,7 @@ def test_w4a8_mixtures_of_every_size(
     mixture, weights = experts(
         isa, 6, width, between, group_size=group_size, operator=expert_mlp_int4_w4a8, activation_group_size=size
     )
-    for tokens in (0, 1, 2, 9, 60):
+    for tokens in (0, 1, 2, 9, 20, 60):
         hidden, call = random(tokens, width, dtype=dtype), routing(tokens, 3, 6)
         expected = expert_mlp_int4_w4a8.reference(hidden, *call, **weights)
         mixed = mixture(hidden, *call)

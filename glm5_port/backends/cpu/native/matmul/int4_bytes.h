@@ -16,7 +16,7 @@ namespace {
 constexpr int strips_of_panel = panel_rows / F32::width;
 constexpr int strips_at_once = 2;
 constexpr int turned_rows = F32::width == 16 ? 6 : 2;  // of a tile: what sums there are registers for
-constexpr int direct_rows = F32::width == 16 ? 4 : 2;
+constexpr int direct_rows = F32::width == 16 ? 8 : 2;  // turned in registers and used at once; up to twice as many in two goes
 constexpr int64_t unit_steps = unit_inputs / 4;
 constexpr int64_t prefetch_ahead = 2048;  // bytes
 
@@ -65,8 +65,9 @@ struct Cursors {
 template <int rows, bool by_groups>
 inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, const QuantisedRows& x, const int64_t* row, float* sums,
                            int64_t stride) {
+  constexpr bool two_chains = rows <= 4;  // for many rows there are chains enough, and registers for one each
   F32 sum[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) sum[r] = F32::zero();
   Cursors<rows> at(x, row, 0, 0);
   const uint8_t* codes = weight.at(panel, 0) + strip * strip_bytes;
@@ -78,7 +79,7 @@ inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, c
     int64_t left = units_of_group;
     for (int64_t part = 0; part < of_group; ++part, ++piece, left -= piece_units) {
       I32 even[rows], odd[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         even[r] = I32::broadcast(at.corrections[r][piece]);
         odd[r] = I32::broadcast(0);
@@ -88,20 +89,21 @@ inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, c
         turn(codes, steps);
 #pragma GCC unroll 4
         for (int64_t line = 0; line < strip_bytes; line += 64) _mm_prefetch(codes + prefetch_ahead + line, _MM_HINT_T0);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             even[r] = add_products(even[r], steps[i], Bytes::broadcast_four(at.codes[r] + input + 4 * i));
-            odd[r] = add_products(odd[r], steps[4 + i], Bytes::broadcast_four(at.codes[r] + input + 16 + 4 * i));
+            I32& other = two_chains ? odd[r] : even[r];
+            other = add_products(other, steps[4 + i], Bytes::broadcast_four(at.codes[r] + input + 16 + 4 * i));
           }
         }
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) sum[r] = add_piece<by_groups>(sum[r], even[r] + odd[r], scale, at.scales[r] + piece);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sum[r] = add_piece<by_groups>(sum[r], two_chains ? even[r] + odd[r] : even[r], scale, at.scales[r] + piece);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) sum[r].store(sums + r * stride);
 }
 
@@ -159,7 +161,6 @@ inline void tile(const Turned* turned, const Chunk& chunk, const QuantisedRows& 
 #pragma GCC unroll 2
     for (int s = 0; s < strips; ++s) sum[r][s] = chunk.piece == 0 ? F32::zero() : F32::load(sums + r * stride + s * F32::width);
   const Cursors<rows> at(x, row, chunk.unit, chunk.piece);
-  const int64_t steps = chunk.units_of_piece * unit_steps;
   int64_t step = 0;
   for (int64_t piece = 0; piece < chunk.pieces; ++piece) {
     I32 products[rows][strips];
@@ -167,15 +168,18 @@ inline void tile(const Turned* turned, const Chunk& chunk, const QuantisedRows& 
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
       for (int s = 0; s < strips; ++s) products[r][s] = I32::broadcast(at.corrections[r][piece]);
-    for (const int64_t end = step + steps; step < end; ++step) {
-      Bytes weights[strips];
-#pragma GCC unroll 2
-      for (int s = 0; s < strips; ++s) weights[s] = Bytes::load(turned[s].codes + step * Bytes::width);
+    for (int64_t unit = 0; unit < chunk.units_of_piece; ++unit, step += unit_steps) {
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Bytes four = Bytes::broadcast_four(at.codes[r] + 4 * step);
+      for (int64_t i = 0; i < unit_steps; ++i) {  // unrolled, or the compiler would move every sum in every step
+        Bytes weights[strips];
 #pragma GCC unroll 2
-        for (int s = 0; s < strips; ++s) products[r][s] = add_products(products[r][s], weights[s], four);
+        for (int s = 0; s < strips; ++s) weights[s] = Bytes::load(turned[s].codes + (step + i) * Bytes::width);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          const Bytes four = Bytes::broadcast_four(at.codes[r] + 4 * (step + i));
+#pragma GCC unroll 2
+          for (int s = 0; s < strips; ++s) products[r][s] = add_products(products[r][s], weights[s], four);
+        }
       }
     }
     F32 scales[strips];
@@ -234,10 +238,14 @@ void multiply_turned(const Int4Weight& weight, int64_t panel, int64_t panels, co
 template <bool by_groups>
 void multiply_codes(const Int4Weight& weight, int64_t panel, int64_t panels, const QuantisedRows& x, const int64_t* row, int64_t count,
                    float* sums, int64_t stride) {
-  if (count <= direct_rows) {
+  if (count <= 2 * direct_rows) {
+    const int64_t goes = blocks_of(count, direct_rows);
     for (int64_t strip = 0; strip < panels * strips_of_panel; ++strip) {
-      multiply_strip_of<direct_rows, by_groups>(count, weight, panel + strip / strips_of_panel, static_cast<int>(strip % strips_of_panel), x,
-                                                row, sums + strip * F32::width, stride);
+      for (int64_t go = 0; go < goes; ++go) {
+        const int64_t first = count * go / goes, rows = count * (go + 1) / goes - first;
+        multiply_strip_of<direct_rows, by_groups>(rows, weight, panel + strip / strips_of_panel, static_cast<int>(strip % strips_of_panel), x,
+                                                  row + first, sums + first * stride + strip * F32::width, stride);
+      }
     }
   } else {
     multiply_turned<by_groups>(weight, panel, panels, x, row, count, sums, stride);
