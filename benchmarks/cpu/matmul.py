@@ -14,7 +14,7 @@ from benchmarks.cpu.contest import Contest, copies_for
 from benchmarks.cpu.outside import players
 from glm5_port.backends.cpu.extension import widest_isa
 from glm5_port.operators import expert_mlp, expert_mlp_int4, expert_mlp_int4_w4a8, int4_matmul
-from glm5_port.quant.int4 import dequantize_packed, quantize_packed
+from glm5_port.quant.int4 import PER_CHANNEL, dequantize_packed, quantize_packed
 from glm5_port.quant.packing import unpack_int4
 
 SHAPES = ((6144, 2048), (2048, 6144), (6144, 12288))
@@ -129,7 +129,8 @@ def _hugging_face_eager(gate_up: Tensor, down: Tensor) -> Callable[..., Tensor]:
 
 
 def experts(count: int, *, peers: bool) -> Iterator[Contest]:
-    """The routed experts of one layer, uniform random routing; fresh experts for each call.
+    """The routed experts of one layer, uniform random routing; fresh experts for each call. Wide activations and those of 8 bits
+    are contests of their own: the products that limit them differ.
 
     Args:
         count: experts.
@@ -138,7 +139,7 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
     facts = {"width": WIDTH, "width_between": BETWEEN, "experts": count, "top_k": TOP_K, "group_size": GROUP}
     parts = _int4_parts(count)
     ours = _prepared(expert_mlp_int4, facts, parts, "cpu", False)
-    ours_w4a8 = _prepared(expert_mlp_int4_w4a8, facts, parts, "cpu", False)
+    in_8_bits = _prepared(expert_mlp_int4_w4a8, facts | {"activation_group_size": GROUP}, parts, "cpu", False)  # rows too
     if peers:
         gate_up = torch.stack([dequantize_packed(p["gate_up_packed"], p["gate_up_scales"]) for p in parts])
         down = torch.stack([dequantize_packed(p["down_packed"], p["down_scales"]) for p in parts])
@@ -150,16 +151,22 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
         hidden = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         routings = [_routing(tokens, count, seed) for seed in range(16 if tokens <= 8 else 2)]
         touched = sum(len(ids.unique()) for _, ids in routings) / len(routings)
-        contenders: dict[str, Callable[[int], Tensor]] = {
-            f"cpu/{widest_isa()} W4A16": lambda copy, h=hidden, r=routings: ours(h, *r[copy], group_size=GROUP),
-            f"cpu/{widest_isa()} W4A8": lambda copy, h=hidden, r=routings: ours_w4a8(h, *r[copy], group_size=GROUP),
+
+        def quantised(size: int, h: Tensor = hidden, r: list[tuple[Tensor, Tensor]] = routings) -> Callable[[int], Tensor]:
+            return lambda copy: in_8_bits(h, *r[copy], group_size=GROUP, activation_group_size=size)
+
+        wide: dict[str, Callable[[int], Tensor]] = {
+            f"cpu/{widest_isa()} W4A16": lambda copy, h=hidden, r=routings: ours(h, *r[copy], group_size=GROUP)
         }
         if peers:
-            contenders |= {
+            wide |= {
                 "torch grouped_mm bf16": lambda copy, h=hidden, r=routings: grouped(h, *r[copy], gate_up, down),
                 "transformers eager bf16": lambda copy, h=hidden, r=routings: eager(h, *r[copy]),
             }
-        contenders |= {f"{peer} INT4, 8-bit activations": player.routings(hidden, routings) for peer, player in outside.items()}
+        narrow = {
+            f"cpu/{widest_isa()} W4A8, a scale a group": quantised(GROUP),
+            f"cpu/{widest_isa()} W4A8, a scale a row": quantised(PER_CHANNEL),
+        } | {f"{peer} INT4, 8-bit activations": player.routings(hidden, routings) for peer, player in outside.items()}
 
         def gold(hidden: Tensor = hidden, routing: tuple[Tensor, Tensor] = routings[0]) -> Tensor:
             route_weights, ids = routing
@@ -174,14 +181,15 @@ def experts(count: int, *, peers: bool) -> Iterator[Contest]:
                 total.index_add_(0, tokens, result * route_weights[tokens, choices, None].double())
             return total
 
-        yield Contest(
-            operator="expert_mlp_int4",
-            work=f"{count} experts, {tokens} token{'s' * (tokens > 1)}",
-            bytes=touched * expert_bytes + 4 * tokens * WIDTH,
-            operations=2 * tokens * TOP_K * 3 * WIDTH * BETWEEN,
-            kind="bf16",
-            contenders=contenders,
-            gold=gold if tokens <= 64 else None,
-            copies=len(routings),
-            floor_note=f"{math.ceil(touched)} experts are touched",
-        )
+        for operator, kind, contenders in (("expert_mlp_int4", "bf16", wide), ("expert_mlp_int4_w4a8", "int8", narrow)):
+            yield Contest(
+                operator=operator,
+                work=f"{count} experts, {tokens} token{'s' * (tokens > 1)}",
+                bytes=touched * expert_bytes + 4 * tokens * WIDTH,
+                operations=2 * tokens * TOP_K * 3 * WIDTH * BETWEEN,
+                kind=kind,
+                contenders=contenders,
+                gold=gold if tokens <= 64 else None,
+                copies=len(routings),
+                floor_note=f"{math.ceil(touched)} experts are touched",
+            )
