@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.parallel.collectives import topology_of
-from benchmarks.parallel.links import Cluster, Wires
+from benchmarks.parallel.links import Cluster, NotPermitted, Wires
 from glm5_port.config import Glm5Config
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
@@ -303,7 +303,11 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             print(json.dumps(report))
         return
-    reports = [measure(number, arguments.rounds) for number in numbers]
+    try:
+        reports = [measure(number, arguments.rounds) for number in numbers]
+    except (NotPermitted, OSError) as error:
+        print(f"regret needs namespaces with limited links, and control groups of the processor: {error}", file=sys.stderr)
+        sys.exit(2)
     if arguments.json:
         print(json.dumps([report | {"summary": summary(report)} for report in reports], indent=2))
         return
