@@ -7,13 +7,14 @@ the cost model is told by `python -m benchmarks.parallel.collectives`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.parallel import collectives
+from benchmarks.parallel import collectives, regret
 from benchmarks.parallel.collectives import ACROSS, ALL, INSIDE
 from benchmarks.parallel.links import BURST, Cluster, RankFailed, Wires, why_not
 from glm5_port.parallel.topology import ONE_RING, find_hardware
@@ -22,9 +23,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason
 
 FOUR = Wires(machines=2, ranks=2, between="100 Mb/s", inside="800 Mb/s")
 EIGHT = Wires(machines=4, ranks=2, between="200 Mb/s", inside="400 Mb/s")
+SLOW_BETWEEN = next(n for n, wires in enumerate(regret.SETTINGS) if wires.between == "10 Mb/s")
 HEADERS, RESENT = 1.02, 1.12
 """Bytes of frames over their payload: segments are handed on 64 KiB at a time, with one header; the largest share that loss in a
-full queue was seen to add is 6 %."""
+full queue was seen to add is 8 %."""
 FEW = 64 * 2**10
 """Bytes of barriers and acknowledgements."""
 
@@ -87,6 +89,16 @@ def test_a_probe_finds_the_links_that_were_set(tmp_path: Path) -> None:
     topology = find_hardware(str(own))
     assert (topology.node_devices, topology.collectives) == (2, ONE_RING)
     assert topology.levels[0].rate(2, "send") > 5 * topology.levels[1].rate(2, "send")
+
+
+def test_plans_that_are_far_apart_come_out_in_order() -> None:
+    """Of all plans of the small model the fastest and those that take twice as long as the one before, as predicted."""
+    report = regret.measure(SLOW_BETWEEN, rounds=2, share=None, far=2.0)
+    ordered = sorted(report["plans"].values(), key=lambda plan: plan["predicted"])
+    assert len(ordered) >= 3
+    for faster, slower in itertools.pairwise(ordered):
+        assert slower["predicted"] >= 2 * faster["predicted"]
+        assert min(slower["all"]) > min(faster["all"]), report["plans"]
 
 
 def test_a_rank_that_fails_ends_the_others_and_says_why() -> None:
