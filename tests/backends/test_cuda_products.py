@@ -42,6 +42,7 @@ from glm5_port.operators.linear import linear, linear_per_head
 from glm5_port.operators.moe import expert_mlp, route_experts
 from glm5_port.operators.norm import rms_norm
 from glm5_port.quant.packing import pack_int4
+from glm5_port.registry import OPERATORS
 from glm5_port.selection import decide
 
 SMALL, LARGE = (8, 9), (9, 0)
@@ -175,6 +176,34 @@ def test_rows_that_do_not_fit_a_weight_are_refused() -> None:
         linear.implementations["cuda/triton"].function(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(5, 64))
     with pytest.raises(InputError, match=r"rows \(4, 2, 8\) torch.float32 and a weight \(3, 5, 8\)"):
         linear_per_head.implementations["cuda/triton"].function(torch.zeros(4, 2, 8), torch.zeros(3, 5, 8))
+
+
+SHAPES: list[tuple[str, tuple[Any, ...], str]] = [
+    (
+        "rms_norm",
+        (torch.zeros(3, 8), torch.zeros(7), 1e-5),
+        r"rms_norm on cuda: weight \(7,\) does not fit; supported here: \(8,\)",
+    ),
+    ("int8_matmul", (torch.zeros(3, 8), torch.zeros(5, 9, dtype=torch.int8), torch.zeros(5)), r"x \(3, 8\) does not fit"),
+    (
+        "expert_mlp",
+        (torch.zeros(3, 8), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(4, 12, 8), torch.zeros(4, 9, 6)),
+        r"hidden \(3, 8\) does not fit; supported here: \(3, 9\)",
+    ),
+    (
+        "expert_mlp",
+        (torch.zeros(3, 8), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)),
+        r"ids \(2, 2\) does not fit; supported here: \(3, 2\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"), SHAPES, ids=[f"{row[0]}-{place}" for place, row in enumerate(SHAPES)]
+)
+def test_shapes_that_a_kernel_would_read_beside_are_refused(operator: str, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message), torch.no_grad():
+        OPERATORS[operator].implementations["cuda/triton"].function(*arguments)
 
 
 # -- many rows ---------------------------------------------------------------------------------------------------------

@@ -5,16 +5,20 @@ What a kernel is compiled with is what its implementation launches it with on th
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from glm5_port.backends.cuda import triton_support
-from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation
-from glm5_port.registry import Implementation
+from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation, launch, recording
+from glm5_port.errors import InputError
+from glm5_port.registry import OPERATORS, Implementation
 from glm5_port.testing import parity
 from glm5_port.testing.calls import prepared_arguments
 from glm5_port.testing.cases import WIDTH, load_suites
@@ -76,15 +80,59 @@ def test_no_wrapper_waits_for_the_card(implementation: Implementation) -> None:
     operator = implementation.operator
     tried = 0
     for case in load_suites()[operator.name].cases:
+        if case.tags & WIDTH:
+            continue
         arguments = case.arguments(operator, torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0])
         facts = operator.facts_of(arguments)
-        if case.tags & WIDTH or implementation.not_supported(**facts):
+        if implementation.not_supported(**facts):
             continue
         given = prepared_arguments(implementation, facts, arguments)
         with fake_devices(), torch.no_grad():
             implementation.function(**{name: on_cuda(value) for name, value in given.items()})
         tried += 1
     assert tried
+
+
+def decode_steps() -> Iterator[tuple[int, int]]:
+    """(sequences, pages of the block table) of each class of numbers for which Triton would compile anew: 1, divided by 16, any
+    other."""
+    return itertools.product((1, 2, 5, 16), (16, 17, 48, 1000))
+
+
+def test_a_batch_of_another_size_does_not_wait_for_the_compiler() -> None:
+    """Triton compiles a kernel anew for a number that is 1 or that 16 divides, unless told not to."""
+    top_k, heads, page = 2048, 16, 64
+    attention = OPERATORS["sparse_mla_attention"].implementations["cuda/triton_split"].function
+    indexer = OPERATORS["lightning_indexer"].implementations["cuda/triton"].function
+    with assume((9, 0)), recording() as launches, torch.no_grad():
+        for batch, pages in decode_steps():
+            cache = [torch.empty(8, page, width, dtype=torch.bfloat16) for width in (512, 64, 128)]
+            table = torch.zeros(batch, pages, dtype=torch.int32)
+            starts, lengths = torch.arange(batch + 1, dtype=torch.int32), torch.ones(batch, dtype=torch.int32)
+            query, query_rope = (torch.empty(batch, heads, width, dtype=torch.bfloat16) for width in (512, 64))
+            indices = torch.empty(batch, top_k, dtype=torch.int32)
+            attention(query, query_rope, cache[:2], indices, table, starts, lengths, scale=1.0, cache_format="plain")
+            keys, weights = torch.empty(batch, heads, 128, dtype=torch.bfloat16), torch.empty(batch, heads)
+            indexer(keys, weights, cache[2:], table, starts, lengths, top_k=top_k, cache_format="plain")
+    compiled = Counter(launch.kernel.__name__ for launch in distinct(launches))
+    assert compiled == {
+        "attend": 1,
+        "combine": 2,  # adds 8 or 16 splits
+        "scores_of_tokens": 1,
+        "count_digits": 4,  # the digits
+        "count_selected": 1,
+        "write_selected": 3,  # room for the counts of 1, 2 or 32 tiles
+    }
+
+
+def test_tensors_of_two_devices_and_grids_that_no_card_starts_are_refused() -> None:
+    def kernel() -> None: ...
+
+    here, elsewhere = torch.empty(4), torch.empty(4, device="meta")
+    with pytest.raises(InputError, match="kernel: tensors on cpu and meta; all must be on one device"):
+        launch(kernel, (1,), here, here, elsewhere)
+    with pytest.raises(InputError, match=r"a grid of \(1, 65536\) programs; the second and third dimension have at most 65535"):
+        launch(kernel, (1, 65_536), here)
 
 
 def test_reasons_of_versions_and_cards() -> None:

@@ -74,6 +74,7 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], 
     attributes: dict[tuple[int, ...], Any] = {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        plain = parameter.do_not_specialize  # one kernel for all numbers
         aligned = False
         if parameter.is_constexpr or value is None or (value is True) or (value is False):
             signature[parameter.name] = "constexpr" if parameter.is_constexpr or value is None else "u1"
@@ -82,11 +83,11 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], 
         elif isinstance(value, Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             aligned = value.numel() == 0 or value.data_ptr() % ALIGNMENT == 0
-        elif isinstance(value, int) and value == 1:
+        elif isinstance(value, int) and value == 1 and not plain:
             signature[parameter.name], constants[(place,)] = "constexpr", 1
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % ALIGNMENT == 0
+            aligned = value % ALIGNMENT == 0 and not plain
         else:
             signature[parameter.name] = "fp32"
         if aligned:

@@ -101,7 +101,7 @@ MUTANTS = [
     *_mutants("linear", "linear", [
         ("linear", "odd_widths", "the last input of a row is left out", "there = start + step < WIDTH", "there = start + step < WIDTH - 1"),
         ("linear", "weight_is_a_view", "rows of the weight lie side by side", "n.to(tl.int64) * weight_stride", "n.to(tl.int64) * (weight_stride // 2)"),
-        ("linear_per_head", "weight_is_a_view", "inputs of the weight lie side by side", "begin * weight_step + step[None, :] * weight_step", "begin + step[None, :]"),
+        ("linear_per_head", "weight_is_a_view", "inputs of the weight lie side by side", "step.to(tl.int64) * weight_step", "step.to(tl.int64) * 1"),
         ("linear_per_head", "one_token", "every head has the first one's weight", "weight + head * weight_head_stride", "weight + head * 0"),
         ("linear_per_head", "part_of_a_head", "heads are as wide as what is read of them", "head * x_head_stride", "head * WIDTH"),
         ("linear_per_head", "odd_widths", "heads change places in the result", "* heads + head) * OUTPUTS", "* heads + heads - 1 - head) * OUTPUTS"),

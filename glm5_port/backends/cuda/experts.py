@@ -25,7 +25,7 @@ from glm5_port.backends.cuda.matmul import (
     scale_rows,
     tile_words,
 )
-from glm5_port.backends.cuda.triton_support import kernels, launch, power_of_two, rows_of, triton
+from glm5_port.backends.cuda.triton_support import check_shapes, kernels, launch, power_of_two, rows_of, triton
 from glm5_port.errors import InputError
 from glm5_port.operators.int4 import (
     check_int4,
@@ -106,6 +106,7 @@ def mix_choices(results_RD: Tensor, route_weights_Tk: Tensor, ids_Tk: Tensor, ex
 
 
 def _routed(hidden: Tensor, route_weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_shapes("experts", ids=(ids, (hidden.shape[0], ids.shape[-1])), route_weights=(route_weights, tuple(ids.shape)))
     return rows_of(hidden), route_weights.detach().to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
 
 
@@ -127,6 +128,7 @@ def expert_mlp_triton(hidden: Tensor, route_weights: Tensor, ids: Tensor, gate_u
     gate_up, down = (weight.detach() if weight.stride(2) == 1 else weight.detach().contiguous() for weight in (gate_up, down))
     hidden_TD, weights_Tk, ids_Tk = _routed(hidden, route_weights, ids)
     experts, width, between = down.shape
+    check_shapes("expert_mlp", hidden=(hidden, (ids.shape[0], width)), gate_up=(gate_up, (experts, 2 * between, width)))
     tiles = dense_tiles(_rows_of_an_expert(ids, experts), hidden.dtype)
     options = {
         "BLOCK_N": tiles.outputs,

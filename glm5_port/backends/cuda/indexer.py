@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.triton_support import DTYPES, dense, kernels, launch, power_of_two, triton
+from glm5_port.backends.cuda.triton_support import DTYPES, WORKSPACE_BYTES, dense, kernels, launch, power_of_two, triton
 from glm5_port.errors import InputError
 from glm5_port.operators.cache import INDEX, cache_layout
 from glm5_port.operators.indexer import check_top_k, indexer_scores, lightning_indexer, select_top_k
@@ -25,10 +25,10 @@ KEYS = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 RUN = 16
 """Tokens of a program where there are many; one where each is likely a sequence of its own."""
 FEW_TOKENS = 32
-SCORE_BYTES = 256 * 2**20
-"""`lightning_indexer` scores so many tokens at a time as fit into this."""
 BLOCK = 2048
 """Scores that a program of the selection looks at together."""
+PASSES, BINS = 4, 256
+"""Digits of a score's bits, and the values of a digit."""
 MOST_TILES = 64
 PROGRAMS = 1024
 """A row is shared among programs while rows are few. Every program adds the counts of all tiles of its row, so that tiles are few
@@ -119,13 +119,12 @@ def _select(scores: Tensor, indices_Tk: Tensor) -> None:
     top_k = indices_Tk.shape[1]
     tiles = max(1, min(MOST_TILES, -(-positions // BLOCK), PROGRAMS // max(rows, 1)))
     tile_size = -(-positions // (tiles * BLOCK)) * BLOCK
-    passes, bins = 4, 256
-    counts = torch.empty((rows, passes, tiles, bins), dtype=torch.int32, device=scores.device)
-    state = torch.empty((rows, passes, 2), dtype=torch.int32, device=scores.device)
+    counts = torch.empty((rows, PASSES, tiles, BINS), dtype=torch.int32, device=scores.device)
+    state = torch.empty((rows, PASSES, 2), dtype=torch.int32, device=scores.device)
     selected = torch.empty((rows, 2, tiles), dtype=torch.int32, device=scores.device)
     module = kernels("indexer")
     numbers = (positions, scores.stride(0), top_k, tiles, tile_size)
-    for digit in range(passes):
+    for digit in range(PASSES):
         launch(module.count_digits, (rows, tiles), scores, counts, state, *numbers, PASS=digit, BLOCK=BLOCK, num_warps=4)
     launch(module.count_selected, (rows, tiles), scores, counts, state, selected, *numbers, BLOCK=BLOCK, num_warps=4)
     launch(
@@ -159,7 +158,7 @@ def lightning_indexer_triton(
     check_top_k("lightning_indexer", top_k)
     call = _Call(index_query, head_weights, index_cache, block_table, query_starts, lengths, cache_format)
     indices_Tk = torch.empty((call.tokens, top_k), dtype=torch.int32, device=index_query.device)
-    together = max(1, SCORE_BYTES // max(4 * call.positions, 1))
+    together = max(1, WORKSPACE_BYTES // (4 * (call.positions + PASSES * BINS)))
     for first in range(0, call.tokens, together):
         count = min(together, call.tokens - first)
         _select(call.scores(first, count), indices_Tk[first : first + count])

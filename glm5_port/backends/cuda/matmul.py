@@ -19,6 +19,7 @@ from torch import Tensor
 from glm5_port.backends.cuda.triton_support import (
     LARGE,
     capability,
+    check_shapes,
     dense,
     generation,
     kernels,
@@ -146,6 +147,7 @@ def int4_matmul_triton(x: Tensor, *, group_size: int, words: Tensor, group_scale
     tiles, outputs, _ = words.shape
     width = x.shape[-1]
     check_width("int4_matmul", width, tiles * TILE)
+    check_shapes("int4_matmul", group_scales=(group_scales, (groups_of(width, group_size)[0], outputs)))
     rows_RK = rows_of(x)
     rows = rows_RK.shape[0]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
@@ -227,6 +229,7 @@ def _int8_not_supported(*, width_in: int, **_: Any) -> list[str]:
 @triton(int8_matmul, not_supported=_int8_not_supported)
 def int8_matmul_triton(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     outputs, width = weight.shape
+    check_shapes("int8_matmul", x=(x, (*x.shape[:-1], width)), weight_scale=(weight_scale, (outputs,)))
     codes_RK, row_scales_R = quantize_rows(x)
     rows = codes_RK.shape[0]
     weight_NK, scales_N = dense(weight), weight_scale.detach().to(torch.float32).contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.triton_support import kernels, launch, power_of_two, rows_of, triton
+from glm5_port.backends.cuda.triton_support import check_shapes, kernels, launch, power_of_two, rows_of, triton
 from glm5_port.operators.norm import add_rms_norm, rms_norm
 
 WIDEST = 2**15
@@ -24,6 +24,7 @@ def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     residual_RD = rows_RD if residual is None else rows_of(residual.expand_as(x))
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     width = x.shape[-1]
+    check_shapes("rms_norm", weight=(weight, (width,)))
     block = power_of_two(width)
     launch(
         kernels("norm").rms_norm_rows,

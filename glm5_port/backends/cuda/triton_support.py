@@ -13,6 +13,8 @@ Rules of an implementation
     compile test learns, from the parity cases at GLM-5 widths, with which arguments each kernel must compile for every target.
   - Tile sizes may depend on dtypes, widths and `generation()`, never on the number of multiprocessors, and on the batch only
     where each row keeps its order of summation. No host sync: no `.item()`, no branch on the contents of a tensor.
+  - Triton compiles a kernel anew for a number that is 1, and for one that 16 divides. Numbers that change from call to call
+    (tokens, sequences, pages, splits) are `do_not_specialize`, or a batch of another size waits for the compiler.
   - In kernels, products and roundings go through the house helpers of `kernels/numbers.py` (`dot`, `narrow`, ...): Triton's
     interpreter, which tests run where no GPU is, treats bfloat16 as integers otherwise, without an error.
 
@@ -40,6 +42,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glm5_port.dispatch import Operator
+from glm5_port.errors import InputError
 from glm5_port.preparation import Preparation
 
 BACKEND, VARIANT = "cuda", "triton"
@@ -201,6 +204,8 @@ class Launch:
 
 
 OPTIONS = ("num_warps", "num_stages")
+MOST_PROGRAMS = 65_535
+"""Of the second and third dimension of a grid."""
 _recorded: list[Launch] | None = None
 
 
@@ -209,12 +214,16 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **named: Any) -> N
 
     Args:
         kernel: a function decorated with `triton.jit`.
-        grid: programs in each of at most three dimensions; the second and third at most 65,535.
+        grid: programs in each of at most three dimensions.
         arguments: for its parameters, in order.
         named: its compile-time parameters, num_warps and num_stages.
+
+    Raises:
+        InputError: tensors on several devices, which the kernel would read as addresses of one, or a grid that no card can start.
     """
     if 0 in grid:
         return
+    _check_launch(kernel, grid, arguments)
     if _recorded is not None:
         options = {name: named.pop(name) for name in OPTIONS if name in named}
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
@@ -228,6 +237,18 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **named: Any) -> N
             kernel[tuple(grid)](*arguments, **named)
     else:
         kernel[tuple(grid)](*arguments, **named)
+
+
+def _check_launch(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+    device = arguments[0].device
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device != device:
+            raise InputError(f"{kernel.__name__}: tensors on {device} and {argument.device}; all must be on one device")
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        raise InputError(
+            f"{kernel.__name__}: a grid of {tuple(grid)} programs; the second and third dimension have at most {MOST_PROGRAMS}.\n"
+            "  Call it with fewer tokens at a time"
+        )
 
 
 @contextlib.contextmanager
@@ -244,10 +265,21 @@ def recording() -> Iterator[list[Launch]]:
 # -- what wrappers share -----------------------------------------------------------------------------------------------
 
 
+WORKSPACE_BYTES = 256 * 2**20
+"""Memory for what an implementation computes on the way and that grows with its tokens; what needs more is done in turns."""
+
+
 def dense(x: Tensor) -> Tensor:
     """`x` with the numbers of each row (the last dimension) side by side; copied only where they are not."""
     x = x.detach()
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def check_shapes(name: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises InputError unless each tensor has the shape beside it: a kernel would read other memory, without an error."""
+    for parameter, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise InputError(f"{name} on cuda: {parameter} {tuple(tensor.shape)} does not fit; supported here: {tuple(shape)}")
 
 
 def power_of_two(n: int, *, least: int = 1) -> int:

@@ -34,7 +34,7 @@ def quantised_tile(rows, scales, visible, FORMAT: tl.constexpr, KEYS: tl.constex
     return tl.reshape(narrow(number * scale, dtype), [KEYS, CHANNELS])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_keys", "splits", "batch", "pages", "table_width", "stride_table"])
 def attend(
     query, query_rope, values, scales, rope_keys, indices, table, query_starts, lengths, out, partial, partial_max, partial_sum,
     heads, keys, split_keys, splits, batch, pages, table_width,
@@ -109,7 +109,7 @@ def attend(
         tl.store(places, narrow(result, dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
     partial, partial_max, partial_sum, out, heads, splits, LATENT: tl.constexpr, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
 ):

@@ -12,7 +12,7 @@ from glm5_port.backends.cuda.kernels.numbers import dot, dot_add, narrow
 from glm5_port.backends.cuda.kernels.paging import slots_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence", "pages", "table_width", "stride_table"])
 def read_sequence(
     values, scales, rope_keys, table, lengths, latent, rope, sequence, count, pages, table_width, stride_table,
     stride_value_page, stride_value_row, stride_scale_page, stride_scale_row, stride_key_page, stride_key_row,
@@ -37,7 +37,7 @@ def read_sequence(
     tl.store(rope + wide * ROPE_DIM + turned, rope_LR, mask=inside & (turned < ROPE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence"])
 def attend_expanded(
     query, query_rope, keys, rope, values, query_starts, lengths, out, sequence, heads, count,
     stride_query_token, stride_query_head, stride_rope_token, stride_rope_head, scale,

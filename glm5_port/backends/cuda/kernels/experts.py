@@ -25,7 +25,7 @@ from glm5_port.backends.cuda.kernels.numbers import dot_add, narrow
 from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, WORDS, add_run
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routed", "blocks"])
 def group_rows(
     ids, rows_of_block, expert_of_block, routed, blocks,
     EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -208,7 +208,7 @@ def int4_down(
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mix_choices(
     results, route_weights, ids, y, tokens,
     EXPERTS: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,

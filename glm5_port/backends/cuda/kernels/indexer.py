@@ -23,7 +23,7 @@ def key_tile(rows, visible, DIM: tl.constexpr, CHANNELS: tl.constexpr, FORMAT: t
     return narrow(from_e4m3(stored) if FORMAT == "fp8" else stored.to(tl.float32), dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "tokens", "batch", "pages", "table_width", "stride_table"])
 def scores_of_tokens(
     query, head_weights, keys, scales, table, query_starts, lengths, scores,
     first_token, tokens, heads, batch, pages, table_width,
@@ -120,7 +120,7 @@ def threshold_before(counts, state, row, tiles, top_k, PASS: tl.constexpr):
     return prefix * BINS + digit, wanted - above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def count_digits(scores, counts, state, positions, stride_row, top_k, tiles, tile_size, PASS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one tile of one row. Counts digit PASS (of 8 bits, from the top) of the ranks that begin with what the passes
     before found; -infinity is never counted."""
@@ -143,7 +143,7 @@ def count_digits(scores, counts, state, positions, stride_row, top_k, tiles, til
     tl.store(counts + ((row * PASSES + PASS) * tiles + tile) * BINS + tl.arange(0, BINS), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def count_selected(scores, counts, state, selected, positions, stride_row, top_k, tiles, tile_size, BLOCK: tl.constexpr):
     """One program: one tile of one row. Counts ranks above the lowest selected one, and equal to it, into selected
     [rows, 2, tiles]; tile 0 writes that rank, and how many equals are selected, to the last state."""
@@ -164,7 +164,7 @@ def count_selected(scores, counts, state, selected, positions, stride_row, top_k
     tl.store(selected + (row * 2 + 1) * tiles + tile, equal)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def write_selected(
     scores, state, selected, indices, positions, stride_row, top_k, tiles, tile_size, BLOCK: tl.constexpr, TILES: tl.constexpr
 ):

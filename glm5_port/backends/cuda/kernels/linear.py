@@ -24,20 +24,18 @@ def dense_sums(
     weight lie `weight_step` apart, those of x side by side."""
     sums = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     step = tl.arange(0, BLOCK_K)
+    steps = step.to(tl.int64) * weight_step
     for start in range(first, end, BLOCK_K):
         there = start + step < WIDTH
         begin = tl.cast(start, tl.int64)
-        held = tl.load(
-            weight_rows[:, None] + begin * weight_step + step[None, :] * weight_step,
-            mask=inside[:, None] & there[None, :],
-            other=0.0,
-        )
+        held_rows = weight_rows[:, None] + begin * weight_step
+        held = tl.load(held_rows + steps[None, :], mask=inside[:, None] & there[None, :], other=0.0)
         inputs = tl.load(x_rows[None, :] + begin + step[:, None], mask=used[None, :] & there[:, None], other=0.0)
         sums = dot_add(held, inputs, sums)
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dense_products(
     x, weight, y, rows, heads, x_stride, x_head_stride, weight_stride, weight_head_stride, weight_step,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,

@@ -18,7 +18,7 @@ from glm5_port.backends.cuda.kernels.numbers import narrow
 from glm5_port.backends.cuda.kernels.weights import RUN, RUNS, TILE, WORDS, add_run
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int4_products(
     x, words, scales, y, rows, x_stride,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
@@ -85,7 +85,7 @@ def quantize_rows(
         tl.store(codes + row * WIDTH + start + columns, code, mask=start + columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_products(
     codes, row_scales, weight, weight_scales, y, rows, weight_stride,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, APART: tl.constexpr,
@@ -112,7 +112,7 @@ def int8_products(
         tl.store(y + r[:, None] * OUTPUTS + n[None, :], narrow(sums.to(tl.float32) * scale, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_whole_segments(
     partial, row_scales, weight_scales, y, rows, OUTPUTS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -29,4 +29,4 @@ def locate(token, query_starts, lengths, batch):
 def slots_of(positions, visible, table, table_stride, sequence, pages, PAGE: tl.constexpr):
     """(page [...], row [...], visible [...]) of logical positions of a sequence. A page that does not exist is not visible."""
     page = tl.load(table + sequence * table_stride + positions // PAGE, mask=visible, other=-1)
-    return page.to(tl.int64), positions % PAGE, visible & (page >= 0) & (page < pages)
+    return page.to(tl.int64), (positions % PAGE).to(tl.int64), visible & (page >= 0) & (page < pages)

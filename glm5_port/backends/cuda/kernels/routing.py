@@ -21,7 +21,7 @@ NOTHING = tl.constexpr(-(2**63))
 """Below the number of every score."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def partial_logits(
     hidden, gate, partial, tokens, hidden_stride, gate_stride,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
@@ -92,7 +92,7 @@ def without_weak_groups(
     return tl.where(kept, biased, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def choose_experts(
     partial, correction_bias, weights, chosen, tokens, scale,
     EXPERTS: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
