@@ -63,7 +63,7 @@ test: lint ## format, lint, types and the fast tests
 	@echo "  native kernels under sanitizers: make test-sanitize"
 	@echo "  npu backend under the vendor's torch_npu: make test-npu"
 	@echo "  Triton kernels lowered for an Ascend NPU: make test-triton-ascend (make test-all leaves it out too)"
-	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow (make test-all leaves it out too)"
+	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow"
 	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel, make test-gptqmodel (make test-all leaves them out too)"
 	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
 	@echo "  make test-all runs every tier that exists"
@@ -75,7 +75,10 @@ test-interpreter: env ## the CUDA kernels on the CPU by Triton's interpreter, in
 	else echo "== NOT TESTED: CUDA kernels by the interpreter (triton has no build for this machine)"; fi
 
 test-interpreter-slow: env ## the same in float32, float16 and with large tiles, and broken kernels, which it must notice
-	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q -m slow
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo "== pytest, CUDA kernels by Triton's interpreter (no GPU), slow tests, $(JOBS) processes"; \
+	  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -n $(JOBS) -q -m slow; \
+	else echo "== NOT TESTED: slow tests of the CUDA kernels by the interpreter (triton has no build for this machine)"; fi
 
 test-sanitize: env ## the native kernels' own tests, under address and undefined-behaviour sanitizers
 	@command -v $${CXX:-c++} >/dev/null || { echo "== NOT TESTED: sanitizers (no C++ compiler)"; exit 0; }; \
@@ -115,7 +118,7 @@ test-triton-ascend: env ## the Triton kernels lowered to Linalg for an Ascend NP
 	  > "$$(.venv-triton-ascend/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
 	@touch $@
 
-test-all: test test-sanitize test-npu ## also the slow tests, the sanitizers and the npu front end
+test-all: test test-interpreter-slow test-sanitize test-npu ## also the slow tests, the sanitizers and the npu front end
 	@echo "== pytest, slow tests, $(JOBS) processes"
 	@status=0; $(PYTEST) -m slow -n $(JOBS) -q || status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "  there are no slow tests yet"; elif [ $$status -ne 0 ]; then exit $$status; fi

@@ -4,7 +4,8 @@
 
 Installs nothing and builds nothing: it runs from the source tree with the torch and triton that are there, and asks for nothing
 else. Most of the time goes into compiling kernels for the small cases, so parity runs in several processes on the one card; speed
-is measured afterwards, alone. What does not fit the time is listed as not run, never left out silently.
+is measured afterwards, alone. The most valuable evidence comes first (`ORDER`), and records are written as it comes: a run that
+is cut off leaves what it had. What does not fit the time is listed as not run, never left out silently.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,30 @@ CONTEXT, PREFILL = 131_072, 64
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 Item = tuple[str, str, str, bool]
 """Operator, implementation, dtype, whether at GLM-5 widths."""
+ORDER = (
+    ("bfloat16 at GLM-5 widths", lambda dtype, width: dtype == "bfloat16" and width),
+    ("bfloat16, small cases", lambda dtype, width: dtype == "bfloat16"),
+    ("other dtypes, small cases", lambda dtype, width: not width),
+    ("other dtypes at GLM-5 widths", lambda dtype, width: True),
+)
+"""What parity runs first. What a model runs; then every branch of the same kernels, where most compiling is; then the rest."""
+FIRST = (
+    "sparse_mla_attention",
+    "lightning_indexer",
+    "expert_mlp_int4",
+    "expert_mlp",
+    "int4_matmul",
+    "mla_prologue_into_cache",
+    "route_experts",
+    "add_rms_norm",
+)
+"""Within each: the operators of a decode step, by what they take of it; then the others."""
+SAVED_EVERY = 10.0
+"""Seconds between two writings of the records."""
 
 
 def items(backend: str, operators: Sequence[str] | None = None) -> list[Item]:
-    """What parity runs, small cases first: the backend's own implementations in every dtype of their cases."""
+    """What parity runs, in its order: the backend's own implementations in every dtype of their cases."""
     suites = load_suites()
     found = [
         (implementation.operator.name, implementation.id, str(dtype).removeprefix("torch."), width)
@@ -56,7 +77,27 @@ def items(backend: str, operators: Sequence[str] | None = None) -> list[Item]:
             (dtype, bool(case.tags & WIDTH)) for case in suites[implementation.operator.name].cases for dtype in case.dtypes
         )
     ]
-    return sorted(found, key=lambda item: (item[3], item[2] != "bfloat16"))
+    return sorted(found, key=lambda item: (_stage(item), FIRST.index(item[0]) if item[0] in FIRST else len(FIRST)))
+
+
+def _stage(item: Item) -> int:
+    return next(place for place, (_, belongs) in enumerate(ORDER) if belongs(item[2], item[3]))
+
+
+def plan(backend: str, *, seconds: float, workers: int, operators: Sequence[str] | None) -> str:
+    """What a machine with a device would do, in words."""
+    wanted = items(backend, operators)
+    stages = [f"    {name}: {sum(_stage(item) == place for item in wanted)} items" for place, (name, _) in enumerate(ORDER)]
+    implementations = len({item[1:2] + item[:1] for item in wanted})
+    return "\n".join(
+        (
+            f"On a machine with one, within {seconds:.0f} s, in this order:",
+            f"  parity of {implementations} implementations against the float64 gold, {workers} processes",
+            *stages,
+            f"  speed in bfloat16 at {CONTEXT} cached tokens, {min(FOR_SPEED, seconds / 2):.0f} s of the time kept for it",
+            f"  records under evidence/, written anew every {SAVED_EVERY:.0f} s; what did not run is listed in them",
+        )
+    )
 
 
 def run_item(backend: str, item: Item) -> list[dict[str, Any]]:
@@ -73,8 +114,10 @@ def run_item(backend: str, item: Item) -> list[dict[str, Any]]:
     return [result.as_dict() for result in results]
 
 
-def run_parity(backend: str, wanted: Sequence[Item], *, workers: int, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """(results, items that did not end in time or died)."""
+def run_parity(
+    backend: str, wanted: Sequence[Item], *, workers: int, seconds: float, save: Callable[[list[dict[str, Any]], list[str]], None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(results, items that did not end in time or died). `save` gets both as they grow, with what has not ended yet."""
     results: list[dict[str, Any]] = []
     unfinished: list[str] = []
     context = multiprocessing.get_context("spawn")  # a driver does not survive a fork
@@ -90,6 +133,7 @@ def run_parity(backend: str, wanted: Sequence[Item], *, workers: int, seconds: f
             results += found
             failed = sum(result["status"] == "failed" for result in found)
             print(f"  {_name(futures[future])}: {f'{failed} FAILED' if failed else 'passed'} of {len(found)}", flush=True)
+            save(results, unfinished + [f"{_name(item)}: not ended yet" for other, item in futures.items() if not other.done()])
     except concurrent.futures.TimeoutError:
         unfinished += [f"{_name(item)}: out of time" for future, item in futures.items() if not future.done()]
     processes = list((getattr(pool, "_processes", None) or {}).values())
@@ -116,9 +160,16 @@ def clocks() -> dict[str, str]:
 
 
 def run_speed(
-    backend: str, failed: set[tuple[str, str]], operators: Sequence[str] | None, *, context: int, until: float
+    backend: str,
+    failed: set[tuple[str, str]],
+    operators: Sequence[str] | None,
+    *,
+    context: int,
+    until: float,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(timings of what passed parity, each with the ceilings measured beside it and the clocks after it; what was not timed)."""
+    """(timings of what passed parity, each with the ceilings measured beside it and the clocks after it; what was not timed).
+    `save` gets the timings as they come."""
     from glm5_port.config import released
 
     device = _device_type(backend)
@@ -140,6 +191,7 @@ def run_speed(
                 workload, implementation, dtype=torch.bfloat16, device=device, machine=machine, refused=None
             ).as_dict()
             timings.append({**timing, "clocks": clocks()})
+            save(timings)
             print(
                 f"  {workload.operator.name} {implementation.id}, {workload.name}: {1e6 * timing['seconds']:.1f} us, "
                 f"{timing['share']:.0%} of the floor",
@@ -187,35 +239,21 @@ def check(
         return 2
     if (missing := probe(backend).missing) is not None:
         print(f"device-check: no device to check. {backend}: {missing}")
+        print(plan(backend, seconds=seconds, workers=workers, operators=operators))
         return 2
     print("\n".join(f"{name}: {value}" for name, value in {**device_description(backend), **versions()}.items()))
-    before = clocks()
+    saved = _Record(backend, directory, begin)
     for_speed = min(FOR_SPEED, seconds / 2)
     print(f"\nparity, {workers} processes")
-    results, unfinished = run_parity(
-        backend, items(backend, operators), workers=workers, seconds=seconds - for_speed - (time.monotonic() - begin)
-    )
+    wanted = items(backend, operators)
+    left = seconds - for_speed - (time.monotonic() - begin)
+    results, unfinished = run_parity(backend, wanted, workers=workers, seconds=left, save=saved.parity)
+    saved.parity(results, unfinished)
     failures = [result for result in results if result["status"] == "failed"]
     print(f"\nspeed, bfloat16, context {context}")
     failed = {(result["operator"], result["implementation"]) for result in failures}
-    timings, untimed = run_speed(backend, failed, operators, context=context, until=begin + seconds)
-    record: dict[str, Any] = {
-        "format": 1,
-        "kind": "device-check",
-        "device": device_description(backend),
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "seconds": round(time.monotonic() - begin, 1),
-        "clocks": {"before": before, "after": clocks()},
-        "parity": {
-            status: sum(r["status"] == status for r in results) for status in ("passed", "failed", "declined", "unavailable")
-        },
-        "failures": failures,
-        "not_run": unfinished + untimed,
-        "timings": timings,
-    }
-    if directory is not None:
-        _write(record, results, backend, directory)
+    timings, untimed = run_speed(backend, failed, operators, context=context, until=begin + seconds, save=saved.timings)
+    record = saved.finish(timings, untimed)
     print(
         f"\n{record['parity']['passed']} passed, {len(failures)} failed, {len(unfinished)} items not run, {record['seconds']} s"
     )
@@ -226,12 +264,63 @@ def check(
     return 1 if failures or unfinished else 0
 
 
-def _write(record: dict[str, Any], results: list[dict[str, Any]], backend: str, directory: Path) -> None:
-    parity_path = write_evidence(evidence(results, backend), directory)
-    chip = re.sub(r"^parity-|\.json$", "", parity_path.name)
-    path = directory / f"{chip}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten: {parity_path}, {path}\n  commit both, then `make docs`")
+class _Record:
+    """The records of a run, which are written while it goes on."""
+
+    def __init__(self, backend: str, directory: Path | None, begin: float) -> None:
+        self._backend, self._directory, self._begin = backend, directory, begin
+        self._before, self._written = clocks(), begin
+        self._results: list[dict[str, Any]] = []
+        self._timings: list[dict[str, Any]] = []
+        self._not_run: list[str] = []
+
+    def parity(self, results: list[dict[str, Any]], not_run: list[str]) -> None:
+        """Keeps what parity found so far."""
+        self._results, self._not_run = results, not_run
+        self._write_now_and_then()
+
+    def timings(self, timings: list[dict[str, Any]]) -> None:
+        """Keeps what was timed so far."""
+        self._timings = timings
+        self._write_now_and_then()
+
+    def finish(self, timings: list[dict[str, Any]], not_timed: list[str]) -> dict[str, Any]:
+        """The whole record, written."""
+        self._timings, self._not_run = timings, self._not_run + not_timed
+        record = self._record(complete=True)
+        if paths := self._write(record):
+            print(f"\nwritten: {', '.join(map(str, paths))}\n  commit both, then `make docs`")
+        return record
+
+    def _write_now_and_then(self) -> None:
+        if self._directory is not None and time.monotonic() - self._written >= SAVED_EVERY:
+            self._write(self._record(complete=False))
+            self._written = time.monotonic()
+
+    def _record(self, *, complete: bool) -> dict[str, Any]:
+        found = ("passed", "failed", "declined", "unavailable")
+        return {
+            "format": 1,
+            "kind": "device-check",
+            "complete": complete,
+            "device": device_description(self._backend),
+            "versions": versions(),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "seconds": round(time.monotonic() - self._begin, 1),
+            "clocks": {"before": self._before, "after": clocks()},
+            "parity": {status: sum(r["status"] == status for r in self._results) for status in found},
+            "failures": [result for result in self._results if result["status"] == "failed"],
+            "not_run": self._not_run,
+            "timings": self._timings,
+        }
+
+    def _write(self, record: dict[str, Any]) -> tuple[Path, ...]:
+        if self._directory is None:
+            return ()
+        parity_path = write_evidence(evidence(self._results, self._backend), self._directory)
+        path = self._directory / re.sub(r"^parity-", "", parity_path.name)
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return parity_path, path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from glm5_port.testing.evidence import read_evidence
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_without_a_device_it_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert device_check.main(["--evidence", str(tmp_path)]) == 2
-    assert "no device to check. cuda: this PyTorch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no device to check. cuda: this PyTorch" in printed
+    assert "On a machine with one, within 480 s, in this order:" in printed
+    assert "bfloat16 at GLM-5 widths: " in printed and "written anew every 10 s" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -36,11 +40,34 @@ def test_it_needs_torch_and_numpy_only() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_small_cases_come_first_and_in_bfloat16() -> None:
+def test_the_most_valuable_evidence_comes_first() -> None:
     found = device_check.items("cuda")
-    assert {operator for operator, *_ in found} >= {"sparse_mla_attention", "lightning_indexer", "rotate"}
-    assert [width for *_, width in found] == sorted(width for *_, width in found)
-    assert found[0][2] == "bfloat16"
+    assert {operator for operator, *_ in found} >= {"sparse_mla_attention", "lightning_indexer", "rotate", "linear"}
+    kinds = list(dict.fromkeys((dtype == "bfloat16", width) for _, _, dtype, width in found))
+    assert kinds == [(True, True), (True, False), (False, False), (False, True)]
+    assert [operator for operator, *_ in found][:3] == ["sparse_mla_attention", "sparse_mla_attention", "lightning_indexer"]
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here the speed of what passed parity never comes."""
+    results = [
+        {"operator": "rotate", "implementation": "torch/eager", "case": "one_token", "dtype": "bfloat16", "status": "passed",
+         "problems": [], "errors": {}, "backend": "cpu"}
+    ]  # fmt: skip
+
+    def parity(*_: object, save: Callable[..., None], **__: object) -> None:
+        save(results, ["rms_norm cpu/avx2 bfloat16: not ended yet"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device_check, "run_parity", parity)
+    monkeypatch.setattr(device_check, "SAVED_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        device_check.check("cpu", directory=tmp_path)
+    (record,) = [json.loads(path.read_text()) for path in tmp_path.glob("cpu-*.json")]
+    assert record["complete"] is False and record["parity"]["passed"] == 1
+    assert record["not_run"] == ["rms_norm cpu/avx2 bfloat16: not ended yet"]
+    (written,) = read_evidence(tmp_path)
+    assert [row["operator"] for row in written["rows"]] == ["rotate"]
 
 
 @pytest.mark.slow
