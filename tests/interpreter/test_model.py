@@ -25,7 +25,7 @@ EXPECTED = {
 
 
 def triton_of(operator: str, facts: dict[str, Any]) -> Implementation | None:
-    """The implementation that cuda would choose, if its weights are canonical."""
+    """The best one of cuda's own, if its weights are canonical; also where the portable one would be chosen."""
     mine = [i for i in OPERATORS[operator].implementations.values() if i.backend == BACKEND]
     fits = [i for i in mine if i.prepare is None and not i.not_supported(**facts)]
     return min(fits, key=lambda i: i.rank, default=None)
