@@ -64,7 +64,7 @@ class Player:
         self._answer()
 
     def routings(self, hidden: Tensor, routings: Sequence[tuple[Tensor, Tensor]]) -> Callable[[int], Tensor]:
-        """Gives the player its inputs. Returns what asks it for one of them: [T, D] bfloat16, until the next call."""
+        """Gives the player its inputs. Returns what asks it for one of them: [T, D] bfloat16."""
         tensors = {"hidden": hidden}
         for number, (weights, ids) in enumerate(routings):
             tensors |= {f"weights.{number}": weights.float().contiguous(), f"ids.{number}": ids.int().contiguous()}
@@ -77,7 +77,7 @@ class Player:
 
         def run(copy: int) -> Tensor:
             self._ask({"routing": copy})
-            return output
+            return output.clone()
 
         return run
 
