@@ -3,6 +3,7 @@
     python -m benchmarks.cpu                         all contests, a table
     python -m benchmarks.cpu --only matmul sparse    some of them
     python -m benchmarks.cpu --out benchmarks/results --plot   also JSON and a plot, beside what earlier runs left there
+    python -m benchmarks.cpu --show benchmarks/results         runs nothing: the table of docs/performance.md from that JSON
 
 The machine should be otherwise idle; shares and ratios are of one run, and the two limits are measured between the rounds.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cpu import attention, layer, matmul, quantize, small
-from benchmarks.cpu.contest import Contest, Limits, Result, run, table
+from benchmarks.cpu.contest import Contest, Limits, Result, run, summary, table
 from glm5_port.backends.cpu.extension import widest_isa
 
 SUITES: dict[str, Callable[[], Iterator[Contest]]] = {
@@ -54,13 +55,17 @@ def machine() -> dict[str, object]:
     }
 
 
+def read(path: Path) -> list[Result]:
+    """The results that cpu.json holds; none where there is no such file."""
+    held = json.loads(path.read_text())["results"] if path.exists() else []
+    return [Result(**{key: value for key, value in r.items() if key != "share"}) for r in held]
+
+
 def record(directory: Path, results: list[Result]) -> list[Result]:
     """Writes cpu.json; contests that it holds and that did not run now stay. Returns all of them."""
     path = directory / "cpu.json"
     ran = {(result.operator, result.work) for result in results}
-    held = json.loads(path.read_text())["results"] if path.exists() else []
-    kept = [Result(**{key: value for key, value in r.items() if key != "share"}) for r in held]
-    kept = [result for result in kept if (result.operator, result.work) not in ran] + results
+    kept = [result for result in read(path) if (result.operator, result.work) not in ran] + results
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": [result.as_dict() for result in kept]}, indent=1) + "\n")
     return kept
@@ -98,8 +103,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for a contest (three rounds at least)")
     parser.add_argument("--out", type=Path, help="directory for cpu.json (and cpu.svg)")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--show", type=Path, metavar="DIRECTORY", help="run nothing, and show what cpu.json there holds")
     parser.add_argument("--json", action="store_true", help="write JSON to stdout instead of a table")
     options = parser.parse_args()
+    if options.show is not None:
+        held = read(options.show / "cpu.json")
+        print(summary(held))
+        if options.plot:
+            plot(held, options.show / "cpu.svg")
+        return
     limits, results = Limits(), list[Result]()
     for name in options.only:
         for contest in SUITES[name]():

@@ -209,3 +209,36 @@ def table(results: Sequence[Result]) -> str:
         cells = (r.operator, r.work, r.contender, f"{r.milliseconds:.3g}", f"{r.floor_milliseconds:.3g} ({r.bound})")
         lines.append(f"| {' | '.join(cells)} | {r.share:.0%} | {error} |")
     return "\n".join(lines)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Markdown, one line for each of this project's kernels, beside the best other contender of the same work."""
+    heads = (
+        "work",
+        "native",
+        "ms",
+        "limit, ms",
+        "share",
+        "best other contender, ms",
+        "native is faster by",
+        "error, native / other",
+    )
+    lines = [f"| {' | '.join((*heads, 'rounds (unsteady)'))} |", "|---|---|---:|---:|---:|---|---:|---|---:|"]
+    others: dict[tuple[str, str], Result] = {}
+    for r in results:
+        if not r.contender.startswith("cpu/"):
+            work = (r.operator, r.work)
+            others[work] = min(others.get(work, r), r, key=lambda result: result.milliseconds)
+    for r in results:
+        if r.contender.startswith("cpu/"):
+            other = others.get((r.operator, r.work))
+            errors = [f"{x.error:.1e}" if x is not None and x.error is not None else "-" for x in (r, other)]
+            cells = (
+                f"{r.operator}, {r.work}", r.contender.removeprefix("cpu/"), f"{r.milliseconds:.3g}",
+                f"{r.floor_milliseconds:.3g} ({r.bound})", f"{r.share:.0%}",
+                "-" if other is None else f"{other.contender}: {other.milliseconds:.3g}",
+                "-" if other is None else f"{other.milliseconds / r.milliseconds:.2f}",
+                " / ".join(errors), f"{r.rounds} ({r.disturbed})",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
