@@ -175,6 +175,7 @@ def run(contest: Contest, limits: Limits, *, rounds: int, budget: float) -> Iter
             for number in range(bursts[name]):
                 call((done + number) % contest.copies)
             round_times[name] = (time.perf_counter() - started) / bursts[name]
+        time.sleep(PAUSE_SECONDS)  # threads of the last contender may still wait for work by spinning
         if not (before and limits.peak(contest.kind)[1]):
             if time.perf_counter() < begun + PATIENCE * budget:
                 continue

@@ -2,7 +2,7 @@
 
 As a program; `charged` and `expected_counts` say what is expected. Hidden states are bf16, as the cost model counts them. Routing
 is random and even. The sizes of the form "hierarchical" cannot be seen here, since its second hop sends what other ranks brought:
-that is counted between real processes (test_exchange.py).
+that is counted, and compared with the charge, between real processes (test_exchange.py).
 """
 
 from __future__ import annotations

@@ -150,6 +150,30 @@ def exchanges(rank: int, world: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+EVEN_TOKENS, EVEN_WIDTH, EVEN_EXPERTS, EVEN_CHOICES = 400, 256, 64, 8
+
+
+def even_exchanges(rank: int, world: int) -> dict[str, int]:
+    """Form -> bytes that this rank sends for experts, there and back; EVEN_TOKENS bfloat16 tokens, random routes."""
+    from glm5_port import operators as ops
+    from glm5_port.parallel import collectives
+    from glm5_port.parallel.placement import place
+
+    groups = ranks_of(Layout(data=world, expert=world, exchange=FLAT)).groups
+    placement = place(EVEN_EXPERTS, world, 0)
+    random = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(EVEN_TOKENS, EVEN_WIDTH, generator=random).bfloat16()
+    ids = torch.rand(EVEN_TOKENS, EVEN_EXPERTS, generator=random).argsort(dim=1)[:, :EVEN_CHOICES].to(torch.int32)
+    weights, found = torch.rand(EVEN_TOKENS, EVEN_CHOICES, generator=random), {}
+    for form in (GATHER, FLAT, DEDUPLICATED, HIERARCHICAL):
+        options = {"form": form, "bits": 16, "ranks": world, "node_ranks": NODE, "expert_tensor": 1, "groups": groups}
+        with collectives.record() as sent:
+            arrived, _, _, trace = ops.dispatch_tokens(hidden, weights, ids, placement.table(), slots=placement.slots, **options)
+            ops.combine_tokens(arrived, trace, tokens=EVEN_TOKENS, **options)
+        found[form] = sum(each.bytes - each.routes for each in sent if each.purpose == "experts")
+    return found
+
+
 def quantised(rank: int, world: int) -> dict[str, float]:
     """Largest differences of logits from one process in 16 bits, and from one that rounds what it dispatches, over the spread."""
     from glm5_port.model.ranks import Exchange

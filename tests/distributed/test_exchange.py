@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.parallel.collectives import topology_of
+from benchmarks.parallel.links import Wires
+from glm5_port.parallel.cost.compute import imbalance
+from glm5_port.parallel.cost.service import TERMS
+from glm5_port.parallel.cost.step import Step, model_size
+from glm5_port.parallel.plan import PREFILL, Layout
 from tests.distributed.launching import on_ranks
+from tests.distributed.scenes import EVEN_CHOICES, EVEN_EXPERTS, EVEN_TOKENS, EVEN_WIDTH
+from tests.model.models import quick_config
 
 FORMS = ("all_gather", "all_to_all", "deduplicated", "hierarchical")
 
@@ -41,6 +49,25 @@ def test_forms_send_copies_as_they_say(found: list[dict[str, dict[str, Any]]]) -
     assert sent["deduplicated"] < sent["all_to_all"]
     for form in FORMS:
         assert sum(each[f"{form} in 8 bits"]["sent"] for each in found) < 0.8 * sent[form]
+
+
+def test_every_form_sends_the_bytes_that_the_cost_model_charges(tmp_path: Path) -> None:
+    """The second hop of "hierarchical" carries what other ranks brought, so that a fake process group cannot count it
+    (test_counts.py); four real processes on two machines can. Routes are random: their expectation is charged."""
+    found = on_ranks(4, "tests.distributed.scenes:even_exchanges", tmp_path)
+    of = quick_config(
+        hidden_size=EVEN_WIDTH, n_routed_experts=EVEN_EXPERTS, num_experts_per_tok=EVEN_CHOICES, n_group=1, topk_group=1
+    )
+    two_of_two = topology_of(Wires(machines=2, ranks=2, between="100 Mb/s", inside="100 Mb/s"))
+    for form in FORMS:
+        step = Step(
+            config=of, topology=two_of_two, layout=Layout(data=4, expert=4, exchange=form), weights="bf16", kv_format="plain",
+            phase=PREFILL, tokens=EVEN_TOKENS, sequences=1, context=EVEN_TOKENS, groups=4, calls=1, size=model_size(of),
+        )  # fmt: skip
+        layers = len(of.moe_layers) * (1.0 if form == "all_gather" else imbalance(step))
+        charged = sum(TERMS[name].of(step).link_bytes for name in ("expert dispatch", "expert combine")) / layers
+        sent = sum(each[form] for each in found) / 4
+        assert sent == pytest.approx(charged, rel=1e-6 if form == "all_gather" else 0.03), form
 
 
 def test_a_model_in_8_bits_is_one_process_that_rounds(tmp_path: Path) -> None:
