@@ -32,6 +32,7 @@ ORDER = (
     "inspect",
     "parity",
     "bench",
+    "device-check",
     "demo",
     "flags",
 )
@@ -84,7 +85,7 @@ def _mount_commands() -> None:
         if isinstance(getattr(module, "app", None), typer.Typer):
             app.add_typer(module.app, name=name)
         elif callable(getattr(module, name, None)):
-            app.command(name)(getattr(module, name))
+            app.command(name.replace("_", "-"))(getattr(module, name))
 
 
 _mount_commands()

@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 
+from glm5_port.errors import Glm5PortError
 from glm5_port.plugins import load_plugins
 from glm5_port.registry import OPERATORS
-from glm5_port.requests import probe
+from glm5_port.requests import backend_named, probe
 from glm5_port.testing import parity, speed
 from glm5_port.testing.cases import WIDTH, Make, load_suites
 from glm5_port.testing.evidence import device_description, evidence, write_evidence
@@ -62,6 +63,8 @@ FIRST = (
     "add_rms_norm",
 )
 """Within each: the operators of a decode step, by what they take of it; then the others."""
+WORKERS = max(1, min(12, (os.cpu_count() or 2) - 2))
+"""Processes that run parity."""
 SAVED_EVERY = 10.0
 """Seconds between two writings of the records."""
 
@@ -227,20 +230,24 @@ def check(
     *,
     directory: Path | None,
     seconds: float = SECONDS,
-    workers: int = 8,
+    workers: int = WORKERS,
     operators: Sequence[str] | None = None,
     context: int = CONTEXT,
-) -> int:
-    """Runs everything and writes the records. Returns the exit code: 0 when all ran and passed, 1 otherwise, 2 with no device."""
+) -> tuple[int, dict[str, Any]]:
+    """Runs everything and writes the records.
+
+    Returns:
+        The exit code, 0 when all ran and passed, 1 otherwise, 2 with no device; and the record, empty with no device.
+    """
     begin = time.monotonic()
     load_plugins()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("device-check: TRITON_INTERPRET=1 runs kernels on the CPU and proves nothing about a device: unset it")
-        return 2
+        return 2, {}
     if (missing := probe(backend).missing) is not None:
         print(f"device-check: no device to check. {backend}: {missing}")
         print(plan(backend, seconds=seconds, workers=workers, operators=operators))
-        return 2
+        return 2, {}
     print("\n".join(f"{name}: {value}" for name, value in {**device_description(backend), **versions()}.items()))
     saved = _Record(backend, directory, begin)
     for_speed = min(FOR_SPEED, seconds / 2)
@@ -261,7 +268,7 @@ def check(
         print(line)
     for line in unfinished:
         print(f"NOT RUN {line}")
-    return 1 if failures or unfinished else 0
+    return (1 if failures or unfinished else 0), record
 
 
 class _Record:
@@ -329,11 +336,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--evidence", type=Path, default=Path("evidence"), help="where records go")
     parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--operator", action="append", help="only these; no record is written then")
     given = parser.parse_args(arguments)
     directory = None if given.operator else given.evidence
-    return check(given.backend, directory=directory, seconds=given.seconds, workers=given.workers, operators=given.operator)
+    try:
+        backend_named(given.backend, "--backend")
+        return check(given.backend, directory=directory, seconds=given.seconds, workers=given.workers, operators=given.operator)[
+            0
+        ]
+    except Glm5PortError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

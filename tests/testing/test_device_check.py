@@ -11,8 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm5_port.cli.app import main
 from glm5_port.testing import device_check
 from glm5_port.testing.evidence import read_evidence
+
+
+def test_it_is_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def check(backend: str, **options: object) -> tuple[int, dict[str, object]]:
+        print(f"checking {backend}")
+        return 1, {"parity": {"failed": 1}, "directory": str(options["directory"])}
+
+    monkeypatch.setattr(device_check, "check", check)
+    with pytest.raises(SystemExit, match="1"):
+        main(["device-check", "--backend", "npu", "--evidence", str(tmp_path), "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"parity": {"failed": 1}, "directory": str(tmp_path)}
+    assert said.err == "checking npu\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["device-check", "--backend", "nup"])
+    assert "--backend=nup: no such backend; did you mean npu?" in capsys.readouterr().err
+    assert device_check.main(["--backend", "nup"]) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
@@ -73,12 +91,12 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_rehearsal_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The CPU's own rotate: parity in another process, speed, both records."""
-    code = device_check.check("cpu", directory=tmp_path, seconds=60.0, workers=1, operators=["rotate"], context=256)
+    code, record = device_check.check("cpu", directory=tmp_path, seconds=60.0, workers=1, operators=["rotate"], context=256)
     printed = capsys.readouterr().out
     if "NOT RUN" in printed or not device_check.items("cpu", ["rotate"]):
         pytest.skip("no native kernels here, so that nothing is the CPU's own")
     assert code == 0, printed
-    (record,) = [json.loads(path.read_text()) for path in tmp_path.glob("cpu-*.json")]
+    assert [json.loads(path.read_text()) for path in tmp_path.glob("cpu-*.json")] == [record]
     assert record["parity"]["passed"] > 0 and record["parity"]["failed"] == 0
     assert any(timing["seconds"] > 0 for timing in record["timings"])
     (parity,) = read_evidence(tmp_path)
