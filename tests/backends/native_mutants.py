@@ -116,7 +116,8 @@ MUTANTS = [
         ("8-bit codes are cut off", "std::nearbyint(widen(x[i]) / scale)", "widen(x[i]) / scale"),
         ("NaN is not noticed in 8 bits", "!(size <= scale)", "size > scale"),
         ("all groups have the first scale", "scale_of(weight, row, start)", "scale_of(weight, row, 0)"),
-        ("rows of 8-bit weights have no scale", "(x.scale * weight.scales[row])", "x.scale"),
+        ("rows of 8-bit weights have no scale", "(x.scales[0] * weight.scales[row])", "x.scales[0]"),
+        ("groups of 8-bit activations have the first scale", "x.scales[start / weight.group]", "x.scales[0]"),
     ]),
     *_mutants("cache", [
         ("NaN is not large", "magnitude > amax || magnitude != magnitude", "magnitude > amax"),

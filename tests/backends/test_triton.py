@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from glm5_port.backends import cuda
 from glm5_port.backends.cuda import triton_support
 from glm5_port.backends.cuda.triton_support import BACKEND, assume, capability, generation, launch, recording
 from glm5_port.errors import InputError
@@ -165,6 +167,14 @@ def test_tiles_of_a_card(card: tuple[int, int], tiles: str) -> None:
     with assume(card):
         assert capability() == card
         assert generation() == tiles
+
+
+def test_no_result_can_depend_on_the_number_of_multiprocessors() -> None:
+    """Nothing asks for it: the one property of a card that decides on tiles is its compute capability."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in Path(cuda.__path__[0]).rglob("*.py")}
+    assert "get_device_capability" in sources["triton_support.py"] and len(sources) > 20
+    asking = ("multi_processor_count", "multiprocessor_count", "get_device_properties", "num_sms")
+    assert [(name, word) for name, text in sources.items() for word in asking if word in text.lower()] == []
 
 
 def test_registering_does_not_import_triton() -> None:
