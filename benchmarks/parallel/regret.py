@@ -50,6 +50,7 @@ SETTINGS = (
     Wires(machines=2, ranks=2, between="20 Mb/s", inside="100 Mb/s"),
     Wires(machines=2, ranks=2, between="10 Mb/s", inside="200 Mb/s"),
     Wires(machines=2, ranks=2, between="20 Mb/s", inside="1 Gb/s"),
+    Wires(machines=2, ranks=2, between="40 Mb/s", inside="200 Mb/s"),
 )
 SHARE = 0.4
 """Of a core for each of four ranks: what two cores can hold to, with room for the kernel's own work."""
