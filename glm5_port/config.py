@@ -2,79 +2,23 @@
 
 The dataclass holds the fields that the model, the checkpoint reader and the planners use, under their standard names, and
 checks that they fit each other. How a config.json is turned into these fields (precedence, legacy keys, refusals) stands
-in config_file.py.
+in config_file.py, how its weights may be quantised in config_quantization.py.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
+from glm5_port.config_file import ARCHITECTURE, DENSE, FULL, MODEL_TYPE, SHARED, SPARSE, read_fields, read_json
+from glm5_port.config_quantization import BlockFp8, DynamicInt8, PackedInt4, int_quantized, is_integer, pack_quantized
 from glm5_port.errors import ConfigError, InputError, did_you_mean
 
-MODEL_TYPE = "glm_moe_dsa"
-ARCHITECTURE = "GlmMoeDsaForCausalLM"
-DENSE, SPARSE = "dense", "sparse"
-FULL, SHARED = "full", "shared"
 INDEX_NORM_EPS = 1e-6  # the indexer's LayerNorm: 1e-6 in every implementation, never written to config.json
-PER_CHANNEL = -1
-"""INT4 group size of one scale for a whole row."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-
-
-@dataclass(frozen=True, slots=True)
-class BlockFp8:
-    """A block-FP8 checkpoint: e4m3 matrices with one float32 multiplier for each block.
-
-    Attributes:
-        block: rows and columns of a block; (128, 128) in every GLM-5 release.
-        not_converted: the module names that were kept in floating point (`modules_to_not_convert`), with
-            `indexers_proj`, which names no module, already read as `indexer.weights_proj`.
-    """
-
-    block: tuple[int, int]
-    not_converted: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PackedInt4:
-    """A checkpoint with INT4 weights (compressed-tensors `pack-quantized`, symmetric).
-
-    Attributes:
-        group_size: weights that share a scale, along the input dimension; `PER_CHANNEL` for a whole row.
-        ignore: modules that are not quantised: names, or regular expressions after "re:".
-    """
-
-    group_size: int
-    ignore: tuple[str, ...] = ()
-
-    def names(self, module: str) -> bool:
-        """Whether a linear module is stored in INT4."""
-        return not _ignored(module, self.ignore)
-
-
-@dataclass(frozen=True, slots=True)
-class DynamicInt8:
-    """A checkpoint with INT8 weights (compressed-tensors `int-quantized`, symmetric, one scale for each output). Activations are
-    quantised token by token as they come: W8A8.
-
-    Attributes:
-        ignore: modules that are not quantised, as in `PackedInt4`.
-    """
-
-    ignore: tuple[str, ...] = ()
-
-    def names(self, module: str) -> bool:
-        """Whether a linear module is stored in INT8."""
-        return not _ignored(module, self.ignore)
-
-
-def _ignored(module: str, ignore: tuple[str, ...]) -> bool:
-    return any(re.match(entry[3:], module) if entry.startswith("re:") else entry == module for entry in ignore)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +110,6 @@ class Glm5Config:
         Raises:
             ConfigError: for another architecture, and for a field that is missing, contradictory or unsupported.
         """
-        from glm5_port.config_file import read_fields  # late: config_file.py builds on the names of this file
-
         return cls(**read_fields(mapping))
 
     @classmethod
@@ -177,8 +119,6 @@ class Glm5Config:
         Raises:
             ConfigError: as `from_dict`, and when the file is missing or is not JSON.
         """
-        from glm5_port.config_file import read_json
-
         return cls.from_dict(read_json(path))
 
     def as_dict(self) -> dict[str, Any]:
@@ -197,9 +137,9 @@ class Glm5Config:
                 "modules_to_not_convert": list(quantization.not_converted),
             }
         if (int4 := values.pop("int4")) is not None:
-            values["quantization_config"] = _pack_quantized(int4)
+            values["quantization_config"] = pack_quantized(int4)
         if (int8 := values.pop("int8")) is not None:
-            values["quantization_config"] = _int_quantized(int8)
+            values["quantization_config"] = int_quantized(int8)
         return {"architectures": [ARCHITECTURE], **values}
 
     # --- what follows from the fields --------------------------------------------------------------------------------
@@ -381,11 +321,6 @@ _BOOLEANS = (
 )
 
 
-def is_integer(value: object) -> bool:
-    """True for an int that is no bool: JSON's true must not pass as 1."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_ranges(config: Glm5Config) -> None:
     for name in _POSITIVE_INTEGERS:
         value = getattr(config, name)
@@ -495,25 +430,3 @@ def _check_int8(config: Glm5Config) -> None:
             f"quantization_config.ignore does not name {module}, so it would be INT8: this library reads INT8 in projections of "
             "attention, indexers' queries and keys, dense MLPs and shared experts only"
         )
-
-
-def _int_quantized(int8: DynamicInt8) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
-        "ignore": list(int8.ignore),
-    }
-
-
-def _pack_quantized(int4: PackedInt4) -> dict[str, Any]:
-    size = None if int4.group_size == PER_CHANNEL else int4.group_size
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group" if size else "channel", "group_size": size}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": list(int4.ignore),
-    }

@@ -20,9 +20,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from glm5_port.config import ARCHITECTURE, DENSE, FULL, MODEL_TYPE, SHARED, SPARSE, is_integer
-from glm5_port.config_quantization import read_quantization
+from glm5_port.config_quantization import is_integer, read_quantization
 from glm5_port.errors import ConfigError, did_you_mean
+
+MODEL_TYPE = "glm_moe_dsa"
+ARCHITECTURE = "GlmMoeDsaForCausalLM"
+DENSE, SPARSE = "dense", "sparse"
+FULL, SHARED = "full", "shared"
 
 
 def _words(text: str) -> frozenset[str]:

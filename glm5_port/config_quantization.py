@@ -1,14 +1,16 @@
-"""How a checkpoint is quantised, read from the quantization_config of its config.json: block-FP8, INT4 or INT8 weights."""
+"""How a checkpoint is quantised: block-FP8, INT4 or INT8 weights, as the quantization_config of its config.json says."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from glm5_port.config import PER_CHANNEL, BlockFp8, DynamicInt8, PackedInt4, is_integer
 from glm5_port.errors import ConfigError
 
+PER_CHANNEL = -1
+"""INT4 group size of one scale for a whole row."""
 _SUPPORT = (
     "supported: bf16, fp16 and fp32 checkpoints, block-FP8 (quant_method 'fp8'), routed experts in INT4 (quant_method "
     "'compressed-tensors', format 'pack-quantized', symmetric) and other projections in INT8 (format 'int-quantized', one scale "
@@ -30,6 +32,60 @@ _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": Fal
 _INT8_WEIGHTS = {**_INT4_WEIGHTS, "num_bits": 8, "strategy": "channel"}
 _INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token", "actorder": None}
 """What the weights, and the activations of INT8 ones, of the one config group must say."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """A block-FP8 checkpoint: e4m3 matrices with one float32 multiplier for each block.
+
+    Attributes:
+        block: rows and columns of a block; (128, 128) in every GLM-5 release.
+        not_converted: the module names that were kept in floating point (`modules_to_not_convert`), with
+            `indexers_proj`, which names no module, already read as `indexer.weights_proj`.
+    """
+
+    block: tuple[int, int]
+    not_converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """A checkpoint with INT4 weights (compressed-tensors `pack-quantized`, symmetric).
+
+    Attributes:
+        group_size: weights that share a scale, along the input dimension; `PER_CHANNEL` for a whole row.
+        ignore: modules that are not quantised: names, or regular expressions after "re:".
+    """
+
+    group_size: int
+    ignore: tuple[str, ...] = ()
+
+    def names(self, module: str) -> bool:
+        """Whether a linear module is stored in INT4."""
+        return not _ignored(module, self.ignore)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicInt8:
+    """A checkpoint with INT8 weights (compressed-tensors `int-quantized`, symmetric, one scale for each output). Activations are
+    quantised token by token as they come: W8A8.
+
+    Attributes:
+        ignore: modules that are not quantised, as in `PackedInt4`.
+    """
+
+    ignore: tuple[str, ...] = ()
+
+    def names(self, module: str) -> bool:
+        """Whether a linear module is stored in INT8."""
+        return not _ignored(module, self.ignore)
+
+
+def _ignored(module: str, ignore: tuple[str, ...]) -> bool:
+    return any(re.match(entry[3:], module) if entry.startswith("re:") else entry == module for entry in ignore)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_quantization(given: Mapping[str, Any]) -> dict[str, BlockFp8 | PackedInt4 | DynamicInt8 | None]:
@@ -130,3 +186,35 @@ def _ignore(raw: Mapping[str, Any]) -> tuple[str, ...]:
 def _expect(raw: Mapping[str, Any], name: str, only: object) -> None:
     if raw.get(name) != only:
         raise ConfigError(f"quantization_config.{name} = {raw.get(name)!r} is not supported: {only!r} is\n  {_SUPPORT}")
+
+
+def is_integer(value: object) -> bool:
+    """True for an int that is no bool: JSON's true must not pass as 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def int_quantized(int8: DynamicInt8) -> dict[str, Any]:
+    """The quantization_config of such a checkpoint."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        "ignore": list(int8.ignore),
+    }
+
+
+def pack_quantized(int4: PackedInt4) -> dict[str, Any]:
+    """The quantization_config of such a checkpoint."""
+    size = None if int4.group_size == PER_CHANNEL else int4.group_size
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group" if size else "channel", "group_size": size}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": list(int4.ignore),
+    }

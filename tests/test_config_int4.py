@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from glm5_port.config import PER_CHANNEL, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import PER_CHANNEL
 from glm5_port.errors import ConfigError
 from glm5_port.model.accounting import count_parameters
 from glm5_port.model.tensors import PROJECTION, expected_tensors

@@ -202,7 +202,7 @@ def _parameters(d: dict[str, Any]) -> str:
 
 
 def _groups(size: int) -> str:
-    from glm5_port.config import PER_CHANNEL
+    from glm5_port.config_quantization import PER_CHANNEL
 
     return "with a scale for each row" if size == PER_CHANNEL else f"in groups of {size}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from glm5_port.config import BlockFp8, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import BlockFp8
 from glm5_port.model.block_fp8 import SCALE_SUFFIX, scale_name, scale_shape
 from glm5_port.model.stored_tensors import FLOATS, FP8, StoredTensor, StoredTensors
 from glm5_port.model.tensors import (

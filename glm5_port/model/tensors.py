@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from glm5_port.config import PER_CHANNEL, Glm5Config, PackedInt4
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import PER_CHANNEL, PackedInt4
 from glm5_port.errors import ConfigError
 from glm5_port.quant.packing import CODES_PER_WORD
 

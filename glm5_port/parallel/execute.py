@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from glm5_port import operators as ops
-from glm5_port.config import PER_CHANNEL, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import PER_CHANNEL
 from glm5_port.errors import InputError, PlanError, RankMismatchError
 from glm5_port.model.bindings import Binder
 from glm5_port.model.cache import DECODE, PREFILL, Batch, PagedCache

@@ -23,7 +23,8 @@ from functools import lru_cache
 
 import torch
 
-from glm5_port.config import BlockFp8, Glm5Config, PackedInt4
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import BlockFp8, PackedInt4
 from glm5_port.model.accounting import cache_bytes_per_token
 from glm5_port.model.block_fp8 import scale_shape
 from glm5_port.model.checkpoint_check import kept_in_float

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm5_port.config import PER_CHANNEL as PER_CHANNEL
+from glm5_port.config_quantization import PER_CHANNEL as PER_CHANNEL
 from glm5_port.errors import InputError, did_you_mean
 from glm5_port.quant.packing import CODES_PER_WORD, pack_int4, unpack_int4
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from glm5_port.config import BlockFp8, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import BlockFp8
 from glm5_port.errors import CheckpointError, InputError
 from glm5_port.model.block_fp8 import SCALE_SUFFIX, scale_name, scale_shape
 from glm5_port.model.checkpoint import Checkpoint

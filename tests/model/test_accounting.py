@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm5_port.config import BlockFp8, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import BlockFp8
 from glm5_port.errors import InputError
 from glm5_port.model import accounting
 from tests.model import checkpoint_files as files

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glm5_port.config import BlockFp8, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import BlockFp8
 from glm5_port.errors import CheckpointError, ConfigError
 from glm5_port.model import checkpoint as checkpoint_module
 from glm5_port.model.checkpoint import Checkpoint

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glm5_port
-from glm5_port.config import PER_CHANNEL, Glm5Config
+from glm5_port.config import Glm5Config
+from glm5_port.config_quantization import PER_CHANNEL
 from glm5_port.errors import CheckpointError, ConfigError, InputError
 from glm5_port.model.accounting import weight_bytes
 from glm5_port.model.composed import AbsorbedQueries, IndexQueries, Mlp, Output

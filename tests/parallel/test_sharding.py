@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from glm5_port.config import PackedInt4
+from glm5_port.config_quantization import PackedInt4
 from glm5_port.model import accounting
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.parallel.cost.memory import BLOCK_SIZE, device_memory
