@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from glm5_port import collectives
 from glm5_port import operators as ops
 from glm5_port.config import Glm5Config
 from glm5_port.config_quantization import PER_CHANNEL
@@ -29,7 +30,6 @@ from glm5_port.model.bindings import Binder
 from glm5_port.model.cache import DECODE, PREFILL, Batch, PagedCache
 from glm5_port.model.ranks import Exchange, Experts, Part, Ranks
 from glm5_port.model.sampling import Sampling
-from glm5_port.parallel import collectives
 from glm5_port.parallel.placement import Placement, place
 from glm5_port.parallel.plan import ALL_REDUCE, Layout
 from glm5_port.parallel.rows import RankBatch, SharedCache

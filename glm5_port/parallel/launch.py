@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import glm5_port
+from glm5_port.collectives import answered
 from glm5_port.config import Glm5Config
 from glm5_port.errors import Glm5PortError, PlanError, RankLostError, RankMismatchError, did_you_mean
-from glm5_port.parallel.collectives import answered
 from glm5_port.parallel.execute import PlanRanks
 from glm5_port.parallel.plan import ParallelPlan, Role
 from glm5_port.parallel.support import layout_reasons

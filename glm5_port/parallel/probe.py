@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from glm5_port import collectives
 from glm5_port.errors import HardwareError
-from glm5_port.parallel import collectives
 from glm5_port.parallel.topology import BY_LEVEL, COLLECTIVES, ONE_RING
 
 if TYPE_CHECKING:

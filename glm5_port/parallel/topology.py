@@ -116,7 +116,7 @@ class Topology:
 
     @property
     def scatters_pairwise(self) -> bool:
-        """Whether a reduce-scatter is an all-to-all and a sum, as this library does it over gloo (parallel/collectives.py)."""
+        """Whether a reduce-scatter is an all-to-all and a sum, as this library does it over gloo (collectives.py)."""
         return self.collectives == ONE_RING and self.chip.backend == "cpu"
 
     def factors(self, stride: int, size: int) -> tuple[int, ...]:

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glm5_port import collectives
 from glm5_port.config import Glm5Config
 from glm5_port.dispatch import trace_through
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.cache import Span
 from glm5_port.model.tensors import expected_tensors
-from glm5_port.parallel import collectives
 from glm5_port.parallel.cost.compute import imbalance
 from glm5_port.parallel.cost.service import TERMS  # and with it every term
 from glm5_port.parallel.cost.step import Step, model_size

@@ -102,8 +102,8 @@ def exchanges(rank: int, world: int) -> dict[str, dict[str, Any]]:
     """
     import torch.distributed as dist
 
+    from glm5_port import collectives
     from glm5_port import operators as ops
-    from glm5_port.parallel import collectives
     from glm5_port.parallel.placement import place
 
     experts, choices, width = 8, 3, 300
@@ -155,8 +155,8 @@ EVEN_TOKENS, EVEN_WIDTH, EVEN_EXPERTS, EVEN_CHOICES = 400, 256, 64, 8
 
 def even_exchanges(rank: int, world: int) -> dict[str, int]:
     """Form -> bytes that this rank sends for experts, there and back; EVEN_TOKENS bfloat16 tokens, random routes."""
+    from glm5_port import collectives
     from glm5_port import operators as ops
-    from glm5_port.parallel import collectives
     from glm5_port.parallel.placement import place
 
     groups = ranks_of(Layout(data=world, expert=world, exchange=FLAT)).groups

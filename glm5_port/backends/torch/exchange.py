@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glm5_port import collectives
 from glm5_port.backends.torch.moe import combine
 from glm5_port.operators.exchange import (
     ALL_GATHER,
@@ -30,7 +31,6 @@ from glm5_port.operators.exchange import (
     quantise_groups,
     slots_of,
 )
-from glm5_port.parallel import collectives
 from glm5_port.registry import PORTABLE
 
 PURPOSE = "experts"

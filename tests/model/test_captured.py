@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_port.backends.cuda.graphs import CapturedDecode
 from glm5_port.errors import InputError
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.cache import Span
+from glm5_port.model.captured import CapturedDecode
 from glm5_port.testing.tiny import tiny_config
 
 CONFIG = tiny_config(num_hidden_layers=4)
