@@ -175,7 +175,8 @@ struct Int4ByPairs : PairTile {
 
 // Rows of bfloat16 as they are: lane r of a vector holds eight neighbours of row r.
 struct DenseByPairs : PairTile {
-  static constexpr int64_t ahead = 1024;  // bytes
+  static constexpr int64_t direct_rows = 10;
+  static constexpr int64_t ahead = 2048, unit_bytes_of_row = unit_inputs * sizeof(bf16);  // bytes
 
   static int64_t place(int64_t input) { return input; }
 
@@ -195,25 +196,44 @@ struct DenseByPairs : PairTile {
     }
   }
 
+  // Four or eight rows of the weight from beginning to end, then the next: one stream of memory where rows lie side by side.
   template <int rows>
   static void direct(const DenseWeight& weight, int64_t panel, const bf16* const* x, float* to) {
-    Sums<rows> sums;
-    sums.clear();
-    const int64_t units = weight.units();
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const uint8_t* later = weight.at(panel, unit) + ahead;
-#pragma GCC unroll 4
-      for (int q = 0; q < quads; ++q) {
-        __m512i steps[unit_steps];
-        four_rows(weight, panel, unit, q, steps);
-        for (int r = 0; r < 4; ++r) _mm_prefetch(later + (4 * q + r) * weight.row_bytes, _MM_HINT_T0);
+    constexpr int together = rows < 5 ? 1 : 2;  // quads: every one more is a use of the inputs more, and fours more streams
+    const int64_t units = weight.units(), whole = weight.width / unit_inputs, row_end = units * unit_bytes_of_row;
+    for (int q = 0; q < quads; q += together) {
+      __m512 sums[rows][together];
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < together; ++i) sums[r][i] = _mm512_setzero_ps();
+      const uint8_t* from = weight.at(panel, 0) + 4 * q * weight.row_bytes;
+      const bool inside = panel * panel_rows + 4 * (q + together) <= weight.rows;
+      for (int64_t unit = 0; unit < units; ++unit) {
+        __m512i steps[together][unit_steps];
+        const int64_t place = unit * unit_bytes_of_row, next = place + ahead;
+        const uint8_t* later = next < row_end ? from + next : from + 4 * together * weight.row_bytes + next - row_end;
+#pragma GCC unroll 2
+        for (int i = 0; i < together; ++i) {
+          inside && unit < whole ? four_whole_rows(from + 4 * i * weight.row_bytes + place, weight.row_bytes, steps[i])
+                                 : four_rows(weight, panel, unit, q + i, steps[i]);
+          for (int r = 0; r < 4; ++r) _mm_prefetch(later + (4 * i + r) * weight.row_bytes, _MM_HINT_T1);
+        }
 #pragma GCC unroll 4
         for (int step = 0; step < unit_steps; ++step) {
-          for (int r = 0; r < rows; ++r) sums.add(r, q, steps[step], inputs(x[r] + unit * unit_inputs + 8 * step));
+#pragma GCC unroll 16
+          for (int r = 0; r < rows; ++r) {
+            const __m512i eight = inputs(x[r] + unit * unit_inputs + 8 * step);
+#pragma GCC unroll 2
+            for (int i = 0; i < together; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], (__m512bh)steps[i][step], (__m512bh)eight);
+          }
         }
       }
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < together; ++i) _mm512_storeu_ps(to + r * panel_sums + 16 * (q + i), sums[r][i]);
     }
-    sums.store(to);
   }
 
  private:
@@ -224,6 +244,17 @@ struct DenseByPairs : PairTile {
     const uint8_t* from = weight.at(panel, unit) + 4 * q * weight.row_bytes;
     __m512i row[4];
     for (int r = 0; r < 4; ++r) row[r] = _mm512_maskz_loadu_epi16(r < rows ? inside : 0, from + r * weight.row_bytes);
+    transpose(row, steps);
+  }
+
+  static void four_whole_rows(const uint8_t* from, int64_t row_bytes, __m512i* steps) {
+    __m512i row[4];
+    for (int r = 0; r < 4; ++r) row[r] = _mm512_loadu_si512(from + r * row_bytes);
+    transpose(row, steps);
+  }
+
+  // Four rows of four steps into four steps of four rows.
+  static void transpose(const __m512i* row, __m512i* steps) {
     const __m512i low01 = _mm512_shuffle_i64x2(row[0], row[1], 0x44), high01 = _mm512_shuffle_i64x2(row[0], row[1], 0xEE);
     const __m512i low23 = _mm512_shuffle_i64x2(row[2], row[3], 0x44), high23 = _mm512_shuffle_i64x2(row[2], row[3], 0xEE);
     steps[0] = _mm512_shuffle_i64x2(low01, low23, 0x88);
