@@ -34,7 +34,7 @@ def device_check(
             backend,
             directory=None if operator else evidence,
             seconds=seconds or checking.SECONDS,
-            workers=workers or checking.WORKERS,
+            processes=workers or checking.WORKERS,
             operators=operator,
         )
     if as_json and record:

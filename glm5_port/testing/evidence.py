@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
@@ -116,8 +117,15 @@ def write_evidence(record: Mapping[str, Any], directory: str | Path) -> Path:
     chip = re.sub(r"[^a-z0-9]+", "-", f"{device['backend']} {name}".lower()).strip("-")
     path = Path(directory) / f"parity-{chip}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, record)
     return path
+
+
+def write_whole(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record in place of an old one; who is cut off while writing leaves the old one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_evidence(directory: str | Path) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 truth_of(suite, case, dtype)     inputs, the reference in the working dtype, the gold in float64
 run_case(suite, implementation, case, dtype)    one implementation on one case, judged
-run(implementations)             all cases; never raises for what an implementation does
+run(implementations)             all cases; never raises for what an implementation does; run_each: as they come
 run_chip(backend)                what runs on one chip: its own implementations and the portable ones
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -235,7 +235,12 @@ def _gradients(function: Callable[..., Any], arguments: Mapping[str, Any]) -> di
     return {n: v.grad.cpu() for n, v in mine.items() if isinstance(v, Tensor) and v.grad is not None}
 
 
-def run(
+def run(implementations: Iterable[Implementation], **options: Any) -> list[ParityResult]:
+    """Every case of every given implementation. `options` as in `run_each`."""
+    return list(run_each(implementations, **options))
+
+
+def run_each(
     implementations: Iterable[Implementation],
     *,
     dtypes: Sequence[torch.dtype] | None = None,
@@ -243,8 +248,8 @@ def run(
     only_tags: frozenset[str] = frozenset(),
     backend: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[ParityResult]:
-    """Every case of every given implementation.
+) -> Iterator[ParityResult]:
+    """As `run`, one result after the other.
 
     Args:
         dtypes: working dtypes to run in; None for all that a case names.
@@ -268,15 +273,13 @@ def run(
     for done, (suite, case, dtype) in enumerate(work):
         if progress:
             progress(f"{suite.operator.name} {case.name} {_plain(dtype)}", done, len(work))
-        results += _run_one(suite, case, dtype, [i for i in implementations if i.operator is suite.operator], backend)
+        found = _run_one(suite, case, dtype, [i for i in implementations if i.operator is suite.operator], backend)
+        results += found
+        yield from found
     if not only_tags:
-        results += [
-            r
-            for i in implementations
-            if i.operator.name in suites
-            for r in _tie_row(suites[i.operator.name], i, results, backend)
-        ]
-    return results
+        for implementation in implementations:
+            if implementation.operator.name in suites:
+                yield from _tie_row(suites[implementation.operator.name], implementation, results, backend)
 
 
 def _run_one(
@@ -355,6 +358,6 @@ def _text(error: Exception) -> str:
 
 
 __all__ = [
-    "ParityResult", "Truth", "call_with_prepared", "implementations_on", "run", "run_case", "run_chip", "run_outputs",
-    "same_bits", "to_device", "to_gold", "truth_of",
+    "ParityResult", "Truth", "call_with_prepared", "implementations_on", "run", "run_case", "run_chip", "run_each",
+    "run_outputs", "same_bits", "to_device", "to_gold", "truth_of",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,10 +120,12 @@ def time_workload(
     device: str,
     machine: Machine,
     refused: str | None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Timing:
-    """Times one workload; with `refused` only the floor is worked out. Weights are prepared before the clock runs."""
+    """Times one workload; with `refused` only the floor is worked out. Weights are prepared before the clock runs. `arguments`:
+    what the workload builds, where it has been built already."""
     operator = workload.operator
-    arguments = workload.build(Make(f"{operator.name}/{workload.name}", dtype))
+    arguments = dict(arguments or workload.build(Make(f"{operator.name}/{workload.name}", dtype)))
     moved = workload.bytes(arguments)
     ceilings = machine.ceilings()
     timing = Timing(
