@@ -3,14 +3,9 @@ and everything around them shows whether it waits for the card."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from glm5_port import registry, requests
-from glm5_port.registry import Probe
 from tests.model.test_fake_tensors import check, fake_model
 
 OWN = {
@@ -22,17 +17,6 @@ OWN = {
     "sparse_mla_attention",
     "route_experts",
 }
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine whose cuda is usable."""
-    usable = dataclasses.replace(registry.BACKENDS["cuda"], probe=lambda: Probe(None))
-    monkeypatch.setitem(registry.BACKENDS, "cuda", usable)
-    requests.probe.cache_clear()
-    yield
-    monkeypatch.undo()
-    requests.probe.cache_clear()
 
 
 @pytest.mark.usefixtures("card")
