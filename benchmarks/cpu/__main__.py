@@ -15,28 +15,51 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import attention, layer, matmul, quantize, small
+from benchmarks.cpu import attention, dense, layer, matmul, quantize, small
 from benchmarks.cpu.contest import Contest, Limits, Result, run, summary, table
 from glm5_port.backends.cpu.extension import widest_isa
 
-SUITES: dict[str, Callable[[], Iterator[Contest]]] = {
-    "matmul": matmul.products,
-    "experts": lambda: matmul.experts(256, peers=False),
-    "experts_peers": lambda: matmul.experts(64, peers=True),
-    "sparse": attention.sparse_decode,
-    "sparse_prefill": attention.sparse_prefill,
-    "dense": attention.dense_decode,
-    "indexer": attention.indexer,
-    "selection": small.selection,
-    "prologues": small.prologues,
-    "routing": small.routing,
-    "between": small.between,
-    "quantize": quantize.quantisers,
-    "layer": layer.layers,
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Contests that are made together.
+
+    Attributes:
+        contests: makes them, one after the other.
+        operators: that they measure, or the name of what is larger than one.
+    """
+
+    contests: Callable[[], Iterator[Contest]]
+    operators: tuple[str, ...]
+
+
+INT4_EXPERTS = ("expert_mlp_int4", "expert_mlp_int4_w4a8")
+SUITES = {
+    "matmul": Suite(matmul.products, ("int4_matmul",)),
+    "experts": Suite(lambda: matmul.experts(256, peers=False), INT4_EXPERTS),
+    "experts_peers": Suite(lambda: matmul.experts(64, peers=True), INT4_EXPERTS),
+    "sparse": Suite(attention.sparse_decode, ("sparse_mla_attention",)),
+    "sparse_prefill": Suite(attention.sparse_prefill, ("sparse_mla_attention",)),
+    "dense": Suite(attention.dense_decode, ("mla_attention_absorbed",)),
+    "dense_prefill": Suite(attention.dense_prefill, ("mla_attention_expanded",)),
+    "indexer": Suite(attention.indexer, ("lightning_indexer", "indexer_scores")),
+    "selection": Suite(small.selection, ("select_top_k",)),
+    "prologues": Suite(small.prologues, ("mla_prologue", "mla_prologue_into_cache", "mla_project", "indexer_prologue")),
+    "routing": Suite(small.routing, ("route_experts",)),
+    "between": Suite(small.between, ("rms_norm", "add_rms_norm", "rotate")),
+    "writes": Suite(small.writes, ("write_cache",)),
+    "linear": Suite(dense.linears, ("linear",)),
+    "mlp": Suite(dense.mlps, ("gated_mlp", "expert_mlp")),
+    "heads": Suite(dense.heads, ("linear_per_head", "attention_output")),
+    "int8": Suite(dense.int8, ("int8_matmul",)),
+    "quantize": Suite(quantize.quantisers, ("int4_quantize", "int4_quantize_measured")),
+    "dequantize": Suite(dense.dequantisers, ("int4_dequantize",)),
+    "layer": Suite(layer.layers, ("decoder layer",)),
 }
 
 
@@ -69,6 +92,16 @@ def record(directory: Path, results: list[Result]) -> list[Result]:
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": [result.as_dict() for result in kept]}, indent=1) + "\n")
     return kept
+
+
+def declared(suite: Suite) -> Iterator[Contest]:
+    """The contests of a suite, which must be of the operators that it names: a test counts those names."""
+    seen = set()
+    for contest in suite.contests():
+        seen.add(contest.operator)
+        yield contest
+    if seen != set(suite.operators):
+        raise SystemExit(f"a suite of {', '.join(suite.operators)} measured {', '.join(sorted(seen))}")
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -114,7 +147,7 @@ def main() -> None:
         return
     limits, results = Limits(), list[Result]()
     for name in options.only:
-        for contest in SUITES[name]():
+        for contest in declared(SUITES[name]):
             results += run(contest, limits, rounds=options.rounds, budget=options.budget)
             if not options.json:
                 print(table(results[-len(contest.contenders) :]).split("\n", 2)[2], flush=True)

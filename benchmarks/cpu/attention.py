@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cpu.calls import NOPE, VALUE, normal
 from benchmarks.cpu.contest import Contest
 from glm5_port.backends.cpu.extension import widest_isa
 from glm5_port.dispatch import Operator
 from glm5_port.memory import zeros
-from glm5_port.operators import lightning_indexer, mla_attention_absorbed, sparse_mla_attention
+from glm5_port.operators import (
+    indexer_scores,
+    lightning_indexer,
+    mla_attention_absorbed,
+    mla_attention_expanded,
+    sparse_mla_attention,
+)
 
 HEADS, LATENT, ROPE, SELECTED, SCALE = 64, 512, 64, 2048, 256**-0.5
 INDEX_HEADS, INDEX_WIDTH = 32, 128
@@ -135,6 +142,25 @@ def dense_decode() -> Iterator[Contest]:
         )
 
 
+def dense_prefill() -> Iterator[Contest]:
+    """A short prompt, whose heads are multiplied out of the latents."""
+    tokens = 512
+    a = _latent_call(tokens, 1, tokens)
+    weights = {name: normal(HEADS, width, LATENT, std=LATENT**-0.5) for name, width in (("w_uk", NOPE), ("w_uv", VALUE))}
+    del a["query_latent"]
+    a |= {"query_nope": normal(tokens, HEADS, NOPE, std=0.3), **weights}
+    expanded = LATENT * (NOPE + VALUE)
+    yield Contest(
+        operator="mla_attention_expanded",
+        work=f"prefill {tokens}",
+        bytes=2.0 * HEADS * (expanded + tokens * (NOPE + ROPE + VALUE)) + 2.0 * tokens * (LATENT + ROPE),
+        operations=2.0 * HEADS * tokens * (expanded + (tokens + 1) / 2 * (NOPE + ROPE + VALUE)),
+        kind="bf16",
+        contenders=_contenders(mla_attention_expanded, a, {}),
+        floor_note="half of all pairs of positions",
+    )
+
+
 def _contenders(
     operator: Operator, a: dict[str, Any], peers: dict[str, Callable[[dict[str, Any]], Tensor]], draws: list[Tensor] | None = None
 ) -> dict[str, Callable[[int], Tensor]]:
@@ -168,7 +194,7 @@ def _torch_indexer(a: dict[str, Any]) -> Tensor:
 
 
 def indexer() -> Iterator[Contest]:
-    """Scores and selection: one token over 128K keys, and 512 tokens over 8K."""
+    """Scores and selection, and scores alone: one token over 128K keys, and 512 tokens over 8K."""
     for tokens, length in ((1, 131072), (512, 8192)):
         generator = torch.Generator().manual_seed(tokens)
         pages = _pages(1, length)
@@ -188,4 +214,13 @@ def indexer() -> Iterator[Contest]:
             operations=2.0 * tokens * length * INDEX_HEADS * INDEX_WIDTH,
             kind="bf16",
             contenders=_contenders(lightning_indexer, a, {"torch einsum + topk": _torch_indexer}),
+        )
+        scored = {name: value for name, value in a.items() if name != "top_k"}
+        yield Contest(
+            operator="indexer_scores",
+            work=f"{tokens} token{'s' * (tokens > 1)}, {length} keys",
+            bytes=length * INDEX_WIDTH * 2 + 4 * tokens * length,
+            operations=2.0 * tokens * length * INDEX_HEADS * INDEX_WIDTH,
+            kind="bf16",
+            contenders=_contenders(indexer_scores, scored, {}),
         )

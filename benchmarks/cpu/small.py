@@ -1,132 +1,135 @@
-"""What stands between the products of a layer, the projections of attention and indexer, and selection from given scores.
+"""What stands between the products of a layer, the projections of attention and indexer, writes into the cache, and selection
+from given scores.
 
 Shape legend: T tokens; D hidden size; H heads; Q query latent; C latent; R rope; N nope; E experts; J index heads; X their width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
+from benchmarks.cpu.calls import HEADS, LATENT, NOPE, QUERY_LATENT, ROPE, WIDTH, normal, operator_contest, plural, weight
 from benchmarks.cpu.contest import Contest, copies_for
-from glm5_port.backends.cpu.extension import widest_isa
-from glm5_port.dispatch import Operator
-from glm5_port.operators import add_rms_norm, indexer_prologue, mla_prologue, rms_norm, rotate, route_experts, select_top_k
+from glm5_port.operators import (
+    add_rms_norm,
+    indexer_prologue,
+    mla_project,
+    mla_prologue,
+    mla_prologue_into_cache,
+    rms_norm,
+    rotate,
+    route_experts,
+    select_top_k,
+    write_cache,
+)
+from glm5_port.operators.cache import INDEX, cache_layout
+from glm5_port.operators.cache import LATENT as LATENT_CACHE
 from glm5_port.operators.rope import rotary_angles
 
-HIDDEN, HEADS, QUERY_LATENT, LATENT, ROPE, NOPE, EXPERTS = 6144, 64, 2048, 512, 64, 192, 256
-INDEX_HEADS, INDEX_WIDTH, SELECTED = 32, 128, 2048
-
-
-def _normal(*shape: int, std: float = 1.0) -> Tensor:
-    return torch.randn(*shape).mul_(std).bfloat16()
-
-
-def _first(result: Any) -> Tensor:
-    found: Tensor = result[0] if isinstance(result, tuple) else result
-    return found
-
-
-def _contest(
-    operator: Operator,
-    work: str,
-    calls: list[dict[str, Any]],
-    nbytes: float,
-    operations: float = 0.0,
-    peers: dict[str, Callable[[dict[str, Any]], Any]] | None = None,
-) -> Contest:
-    """One operator on copies of a call: this project's kernel, its portable implementation and what else there is."""
-    a = calls[0]
-    ours, portable = operator.bind(backend="cpu", **operator.facts_of(a)), operator.implementations["torch/eager"].function
-    wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in a.items()}
-    return Contest(
-        operator=operator.name,
-        work=work,
-        bytes=nbytes,
-        operations=operations,
-        kind="bf16",
-        contenders={
-            f"cpu/{widest_isa()}": lambda copy: _first(ours(**calls[copy])),
-            **{name: lambda copy, peer=peer: _first(peer(calls[copy])) for name, peer in (peers or {}).items()},
-            "torch/eager (portable)": lambda copy: _first(portable(**calls[copy])),
-        },
-        gold=None if operator is select_top_k else lambda: _first(operator.reference(**wide)),
-        copies=len(calls),
-    )
+EXPERTS, INDEX_HEADS, INDEX_WIDTH, SELECTED = 256, 32, 128, 2048
+PAGES, PAGE = 256, 64
 
 
 def between() -> Iterator[Contest]:
     """Norms, rotation and routing, one token and many. One token's row lies in the cache: the limit is not the memory's, and what
     is seen is the cost of a call."""
     for tokens in (1, 512):
-        x, weight = _normal(tokens, HIDDEN), _normal(HIDDEN)
-        yield _contest(
-            rms_norm, f"{tokens} x {HIDDEN}", [{"x": x, "weight": weight, "eps": 1e-5}], 4.0 * x.numel(),
-            peers={"torch rms_norm": lambda a: torch.nn.functional.rms_norm(a["x"], (HIDDEN,), a["weight"], a["eps"])},
+        x, channels = normal(tokens, WIDTH), normal(WIDTH)
+        yield operator_contest(
+            rms_norm, f"{tokens} x {WIDTH}", [{"x": x, "weight": channels, "eps": 1e-5}], 4.0 * x.numel(),
+            peers={"torch rms_norm": lambda a: torch.nn.functional.rms_norm(a["x"], (WIDTH,), a["weight"], a["eps"])},
         )  # fmt: skip
-        call = {"x": x, "residual": _normal(tokens, HIDDEN), "weight": weight, "eps": 1e-5}
-        yield _contest(add_rms_norm, f"{tokens} x {HIDDEN}", [call], 8.0 * x.numel())
+        call = {"x": x, "residual": normal(tokens, WIDTH), "weight": channels, "eps": 1e-5}
+        yield operator_contest(add_rms_norm, f"{tokens} x {WIDTH}", [call], 8.0 * x.numel())
         cos, sin = rotary_angles(torch.arange(tokens), 1e6, ROPE)
-        query = _normal(tokens, HEADS, NOPE + ROPE)[..., NOPE:]
+        query = normal(tokens, HEADS, NOPE + ROPE)[..., NOPE:]
         call = {"x": query, "cos": cos, "sin": sin, "interleaved": True, "start": 0}
-        yield _contest(rotate, f"{tokens} x {HEADS} x {ROPE}", [call], 4.0 * query.numel())
+        yield operator_contest(rotate, f"{tokens} x {HEADS} x {ROPE}", [call], 4.0 * query.numel())
 
 
 def routing() -> Iterator[Contest]:
     """256 experts, top 8; the gates of as many layers as do not fit the cache."""
     for tokens in (1, 512):
-        gates = copies_for(EXPERTS * HIDDEN * 2)
+        gates = copies_for(EXPERTS * WIDTH * 2)
         calls = [
             {
-                "hidden": _normal(tokens, HIDDEN), "gate": _normal(EXPERTS, HIDDEN, std=HIDDEN**-0.5),
+                "hidden": normal(tokens, WIDTH), "gate": weight(EXPERTS, WIDTH),
                 "correction_bias": torch.randn(EXPERTS) * 0.1 + 8,
                 "top_k": 8, "groups": 1, "groups_kept": 1, "renormalise": True, "scale": 2.5,
             }
             for _ in range(gates)
         ]  # fmt: skip
-        operations = 2.0 * tokens * EXPERTS * HIDDEN
-        yield _contest(route_experts, f"{tokens} tokens", calls, 2.0 * (EXPERTS + tokens) * HIDDEN, operations)
+        operations = 2.0 * tokens * EXPERTS * WIDTH
+        yield operator_contest(route_experts, plural(tokens, "token"), calls, 2.0 * (EXPERTS + tokens) * WIDTH, operations)
 
 
 def selection() -> Iterator[Contest]:
     """2048 of a row of given scores."""
     for rows, columns in ((1, 32768), (1, 131072), (64, 8192)):
         calls = [{"scores": torch.randn(rows, columns), "top_k": SELECTED} for _ in range(4)]
-        yield _contest(
-            select_top_k, f"{SELECTED} of {columns}, {rows} row{'s' * (rows > 1)}", calls, 4.0 * rows * columns,
-            peers={"torch.topk": lambda a: a["scores"].topk(SELECTED, dim=1).indices},
+        yield operator_contest(
+            select_top_k, f"{SELECTED} of {columns}, {plural(rows, 'row')}", calls, 4.0 * rows * columns,
+            peers={"torch.topk": lambda a: a["scores"].topk(SELECTED, dim=1).indices}, exact=False,
         )  # fmt: skip
+
+
+def writes() -> Iterator[Contest]:
+    """Rows of one layer into pages, as they are and quantised; what is written counts as read."""
+    for tokens in (1, 512):
+        slots = torch.randperm(PAGES * PAGE)[:tokens]
+        latents, keys = [normal(tokens, LATENT), normal(tokens, ROPE)], [normal(tokens, INDEX_WIDTH)]
+        for kind, rows, cache_format in ((LATENT_CACHE, latents, "plain"), (LATENT_CACHE, latents, "fp8"), (INDEX, keys, "fp8")):
+            widths = [row.shape[1] for row in rows]
+            cache = cache_layout(kind, cache_format).allocate(PAGES, PAGE, widths, torch.bfloat16)
+            stored = sum(field.shape[2] * field.element_size() for field in cache)
+            call = {"rows": rows, "cache": cache, "slots": slots, "cache_format": cache_format}
+            yield operator_contest(
+                write_cache, f"{kind}, {cache_format}, {plural(tokens, 'token')}", [call],
+                float(tokens * (2 * sum(widths) + stored)), exact=False,
+            )  # fmt: skip
 
 
 def prologues() -> Iterator[Contest]:
     """Projections of one layer; copies stand for the layers of a model."""
     heads = HEADS * (NOPE + ROPE)
-    for tokens in (1, 512):
+    projected = QUERY_LATENT * WIDTH + heads * QUERY_LATENT + (LATENT + ROPE) * WIDTH
+    absorbed = projected + HEADS * NOPE * LATENT
+    layers = [
+        {
+            "q_a": weight(QUERY_LATENT, WIDTH), "q_a_norm": normal(QUERY_LATENT), "q_b": weight(heads, QUERY_LATENT),
+            "kv_a": weight(LATENT + ROPE, WIDTH), "kv_a_norm": normal(LATENT), "latent_norm_eps": 1e-5,
+            "w_uk": normal(HEADS, NOPE, LATENT, std=NOPE**-0.5),
+        }
+        for _ in range(copies_for(2 * absorbed))
+    ]  # fmt: skip
+    indexed = INDEX_HEADS * INDEX_WIDTH * QUERY_LATENT + INDEX_WIDTH * WIDTH + INDEX_HEADS * WIDTH
+    indexers = [
+        {
+            "wq_b": weight(INDEX_HEADS * INDEX_WIDTH, QUERY_LATENT), "wk": weight(INDEX_WIDTH, WIDTH),
+            "weights_proj": weight(INDEX_HEADS, WIDTH), "k_norm_weight": normal(INDEX_WIDTH),
+            "k_norm_bias": normal(INDEX_WIDTH), "k_norm_eps": 1e-6,
+        }
+        for _ in range(copies_for(2 * indexed))
+    ]  # fmt: skip
+    fields = cache_layout(LATENT_CACHE, "plain").allocate(PAGES, PAGE, [LATENT, ROPE], torch.bfloat16)
+    for tokens in (1, 16, 512):
         cos, sin = rotary_angles(torch.arange(tokens), 1e6, ROPE)
-        rows = {"hidden": _normal(tokens, HIDDEN), "cos": cos, "sin": sin, "rope_interleaved": True}
-        weights = QUERY_LATENT * HIDDEN + heads * QUERY_LATENT + (LATENT + ROPE) * HIDDEN + HEADS * NOPE * LATENT
-        calls = [
-            rows | {
-                "q_a": _normal(QUERY_LATENT, HIDDEN, std=HIDDEN**-0.5), "q_a_norm": _normal(QUERY_LATENT),
-                "q_b": _normal(heads, QUERY_LATENT, std=QUERY_LATENT**-0.5),
-                "kv_a": _normal(LATENT + ROPE, HIDDEN, std=HIDDEN**-0.5), "kv_a_norm": _normal(LATENT),
-                "w_uk": _normal(HEADS, NOPE, LATENT, std=NOPE**-0.5), "latent_norm_eps": 1e-5,
-            }
-            for _ in range(copies_for(2 * weights))
-        ]  # fmt: skip
-        yield _contest(mla_prologue, f"{tokens} tokens", calls, 2.0 * weights, 2.0 * tokens * weights)
-        weights = INDEX_HEADS * INDEX_WIDTH * QUERY_LATENT + INDEX_WIDTH * HIDDEN + INDEX_HEADS * HIDDEN
-        calls = [
-            rows | {
-                "query_residual": _normal(tokens, QUERY_LATENT),
-                "wq_b": _normal(INDEX_HEADS * INDEX_WIDTH, QUERY_LATENT, std=QUERY_LATENT**-0.5),
-                "wk": _normal(INDEX_WIDTH, HIDDEN, std=HIDDEN**-0.5), "k_norm_weight": _normal(INDEX_WIDTH),
-                "k_norm_bias": _normal(INDEX_WIDTH), "weights_proj": _normal(INDEX_HEADS, HIDDEN, std=HIDDEN**-0.5),
-                "k_norm_eps": 1e-6,
-            }
-            for _ in range(copies_for(2 * weights))
-        ]  # fmt: skip
-        yield _contest(indexer_prologue, f"{tokens} tokens", calls, 2.0 * weights, 2.0 * tokens * weights)
+        rows = {"hidden": normal(tokens, WIDTH), "cos": cos, "sin": sin, "rope_interleaved": True}
+        calls = [rows | layer for layer in layers]
+        written = {"latent_cache": fields, "slots": torch.arange(tokens), "cache_format": "plain"}
+        plain = [{n: v for n, v in call.items() if n != "w_uk"} | {"nope_dim": NOPE} for call in calls]
+        work, exact = plural(tokens, "token"), tokens <= 16
+        yield operator_contest(mla_prologue, work, calls, 2.0 * absorbed, 2.0 * tokens * absorbed, exact=exact)
+        yield operator_contest(
+            mla_prologue_into_cache,
+            work,
+            [call | written for call in calls],
+            2.0 * absorbed,
+            2.0 * tokens * absorbed,
+            exact=False,
+        )
+        yield operator_contest(mla_project, work, plain, 2.0 * projected, 2.0 * tokens * projected, exact=exact)
+        calls = [rows | {"query_residual": normal(tokens, QUERY_LATENT)} | indexer for indexer in indexers]
+        yield operator_contest(indexer_prologue, work, calls, 2.0 * indexed, 2.0 * tokens * indexed, exact=exact)
