@@ -14,7 +14,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 
 # One thread per test process: xdist runs JOBS of them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
-TIERS_TO_COME := compile sweep
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -65,8 +64,7 @@ test: lint ## format, lint, types and the fast tests
 	@echo "  Triton kernels lowered for an Ascend NPU: make test-triton-ascend (make test-all leaves it out too)"
 	@echo "  CUDA kernels by the interpreter in float32, float16 and large tiles, and broken ones: make test-interpreter-slow"
 	@echo "  outside judges in environments of their own: make test-llama-cpp, make test-kt-kernel, make test-gptqmodel (make test-all leaves them out too)"
-	@echo "  tiers that do not exist yet: $(TIERS_TO_COME)"
-	@echo "  make test-all runs every tier that exists"
+	@echo "  random cases of every operator, as many as wanted: glm5-port parity --sweep 100"
 
 test-interpreter: env ## the CUDA kernels on the CPU by Triton's interpreter, in a process of its own; no GPU runs
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
@@ -122,7 +120,6 @@ test-all: test test-interpreter-slow test-sanitize test-npu ## also the slow tes
 	@echo "== pytest, slow tests, $(JOBS) processes"
 	@status=0; $(PYTEST) -m slow -n $(JOBS) -q || status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "  there are no slow tests yet"; elif [ $$status -ne 0 ]; then exit $$status; fi
-	@echo "== tiers that do not exist yet, so nothing here tested them: $(TIERS_TO_COME)"
 
 # Outside judges in environments of their own: .venv-<name>, made on first use and whenever its requirements change. They are in
 # no other target, and end with an error where they cannot run.

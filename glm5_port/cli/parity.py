@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from glm5_port.cli.output import Advance, print_json, print_table, print_text, progress
+from glm5_port.errors import InputError
 
 app = typer.Typer(
     help="Hold every implementation against the float64 gold of its operator (exit code 1 when one fails).",
@@ -38,6 +39,15 @@ def parity(
     operator: OperatorOption = None,
     dtype: DtypeOption = None,
     small: SmallOption = False,
+    sweep: Annotated[
+        int | None,
+        typer.Option(
+            "--sweep", min=1, metavar="N", help="N random cases of each operator, sizes random too, instead of the named ones."
+        ),
+    ] = None,
+    sweep_from: Annotated[
+        int, typer.Option("--sweep-from", min=0, metavar="NUMBER", help="Number of the first one; a number makes the same case.")
+    ] = 0,
     evidence: Annotated[
         Path | None, typer.Option("--evidence", metavar="FOLDER", help="Also write the record to commit.")
     ] = None,
@@ -46,7 +56,10 @@ def parity(
     """Hold every implementation against the float64 gold of its operator (exit code 1 when one fails)."""
     if context.invoked_subcommand is not None:
         return
-    report = run_parity(backend, operator, small=small, dtype=dtype)
+    if sweep and evidence:
+        raise InputError("--evidence with --sweep: a record is of the named cases; leave one of the two out")
+    numbers = range(sweep_from, sweep_from + sweep) if sweep else None
+    report = run_parity(backend, operator, small=small, dtype=dtype, sweep=numbers)
     if evidence is not None:
         from glm5_port.testing.evidence import evidence as make_evidence
         from glm5_port.testing.evidence import write_evidence
@@ -154,9 +167,14 @@ def bisect(
 
 
 def run_parity(
-    backend: str | None = None, operators: list[str] | None = None, *, small: bool = False, dtype: str | None = None
+    backend: str | None = None,
+    operators: list[str] | None = None,
+    *,
+    small: bool = False,
+    dtype: str | None = None,
+    sweep: range | None = None,
 ) -> dict[str, Any]:
-    """Parity on one chip, with a progress bar.
+    """Parity on one chip, with a progress bar. `sweep`: numbers of random cases instead of the named ones.
 
     Returns:
         "backend", counts by status, "summary" (one row per implementation), "matrix", and "results" as plain data.
@@ -166,7 +184,14 @@ def run_parity(
 
     chip = _chip(backend)
     with _cases("parity") as advance:
-        results = run_chip(chip, operators, dtypes=_dtypes(dtype), without_tags=WIDTH if small else frozenset(), progress=advance)
+        results = run_chip(
+            chip,
+            operators,
+            dtypes=_dtypes(dtype),
+            without_tags=WIDTH if small else frozenset(),
+            sweep=sweep,
+            progress=advance,
+        )
     return _report(chip, [result.as_dict() for result in results])
 
 
@@ -264,7 +289,7 @@ def _known(operators: list[str] | None) -> list[str] | None:
 def _dtypes(name: str | None) -> list[Any] | None:
     if name is None:
         return None
-    from glm5_port.errors import InputError, did_you_mean
+    from glm5_port.errors import did_you_mean
     from glm5_port.testing.cases import DTYPES
 
     by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

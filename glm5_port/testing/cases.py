@@ -1,7 +1,8 @@
 """Parity cases: named, seeded on the CPU from their own id, rounded to the working dtype.
 
 A suite belongs to one operator and lives in `glm5_port/operators/cases/`. Inputs depend on the operator, the case and the
-dtype only, so that any machine makes the same ones.
+dtype only, so that any machine makes the same ones. Beside its named cases a suite has sweeps: cases without end that draw their
+sizes too, for what nobody thought of.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ TIES = frozenset({"ties"})
 """Tag of cases with scores that are equal exactly: what an implementation that promises `tie_rule` is held against."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+T = TypeVar("T")
 
 
 class Make:
@@ -51,6 +53,14 @@ class Make:
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype)
+
+    def size(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def one_of(self, *options: T) -> T:
+        """One of some values."""
+        return options[self.size(0, len(options) - 1)]
 
     def with_non_finite(self, rows: int, width: int) -> Tensor:
         """Normal rows, with one NaN in the first row and one infinity in the second."""
@@ -84,6 +94,24 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Sweep:
+    """Random cases, told apart by a number, from which alone each can be made again.
+
+    Attributes:
+        build: makes the keyword arguments of one call; draws the sizes too (`Make.size`).
+        exact, dtypes: as in `Case`.
+    """
+
+    build: Callable[[Make], dict[str, Any]]
+    exact: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def case(self, number: int) -> Case:
+        """One of them; the same sizes and numbers in every dtype, up to rounding."""
+        return Case(f"random_{number}", self.build, exact=self.exact, dtypes=self.dtypes)
+
+
+@dataclass(frozen=True, slots=True)
 class Suite:
     """All cases of one operator, and how its outputs are compared.
 
@@ -93,12 +121,14 @@ class Suite:
         rows: names of the arguments with one row per token (dimension 0). They are also run non-contiguous, and the promise
             `batch_invariant` is checked by calling the operator on one token alone; `query_starts`, `lengths`,
             `block_table` and `slots` are cut to match (`glm5_port.testing.promises.alone`).
+        sweep: its random cases.
     """
 
     operator: Operator
     cases: tuple[Case, ...]
     compare: Callable[..., list[str]] | None = None
     rows: tuple[str, ...] = ()
+    sweep: Sweep | None = None
 
 
 SUITES: dict[str, Suite] = {}
@@ -106,17 +136,21 @@ SUITES: dict[str, Suite] = {}
 
 def suite(
     operator: Operator, *, compare: Callable[..., list[str]] | None = None, rows: Sequence[str] = ()
-) -> Callable[[Callable[[], Iterator[Case]]], None]:
-    """Registers the cases that the decorated generator yields. See `Suite` for the arguments."""
+) -> Callable[[Callable[[], Iterator[Case | Sweep]]], None]:
+    """Registers the cases that the decorated generator yields, and at most one sweep. See `Suite` for the arguments."""
 
-    def register(cases: Callable[[], Iterator[Case]]) -> None:
-        made = tuple(cases())
+    def register(cases: Callable[[], Iterator[Case | Sweep]]) -> None:
+        yielded = list(cases())
+        made = tuple(each for each in yielded if isinstance(each, Case))
+        sweep = next((each for each in yielded if isinstance(each, Sweep)), None)
         names = [case.name for case in made]
+        if len(yielded) > len(made) + (sweep is not None):
+            raise ValueError(f"{operator.name}: more than one sweep")
         if len(set(names)) != len(names):
             raise ValueError(f"{operator.name}: case names are not unique: {names}")
         if unknown := set(rows) - set(operator.parameters):
             raise ValueError(f"{operator.name}: rows name no parameters of it: {sorted(unknown)}")
-        SUITES[operator.name] = Suite(operator, made, compare, tuple(rows))
+        SUITES[operator.name] = Suite(operator, made, compare, tuple(rows), sweep)
 
     return register
 

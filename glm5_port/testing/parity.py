@@ -246,6 +246,7 @@ def run_each(
     dtypes: Sequence[torch.dtype] | None = None,
     without_tags: frozenset[str] = frozenset(),
     only_tags: frozenset[str] = frozenset(),
+    sweep: range | None = None,
     backend: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[ParityResult]:
@@ -255,6 +256,7 @@ def run_each(
         dtypes: working dtypes to run in; None for all that a case names.
         without_tags: cases with one of these tags are left out.
         only_tags: when given, only cases with one of these tags are run.
+        sweep: numbers of random cases, which run instead of the named ones.
         backend: the chip to run on, unless an implementation belongs to another one.
         progress: called with (what, done, total) before each case.
     """
@@ -264,7 +266,7 @@ def run_each(
         (suites[name], case, dtype)
         for name in dict.fromkeys(i.operator.name for i in implementations)
         if name in suites
-        for case in suites[name].cases
+        for case in _cases_of(suites[name], sweep)
         if not case.tags & without_tags and (not only_tags or case.tags & only_tags)
         for dtype in case.dtypes
         if dtypes is None or dtype in dtypes
@@ -276,10 +278,16 @@ def run_each(
         found = _run_one(suite, case, dtype, [i for i in implementations if i.operator is suite.operator], backend)
         results += found
         yield from found
-    if not only_tags:
+    if not only_tags and sweep is None:
         for implementation in implementations:
             if implementation.operator.name in suites:
                 yield from _tie_row(suites[implementation.operator.name], implementation, results, backend)
+
+
+def _cases_of(suite: Suite, sweep: range | None) -> Sequence[Case]:
+    if sweep is None:
+        return suite.cases
+    return [suite.sweep.case(number) for number in sweep] if suite.sweep else []
 
 
 def _run_one(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from glm5_port.operators.cache import CacheLayout, cache_layout, gather_rows, kind_of_rows, write_cache
-from glm5_port.operators.cases.paging import page_batch
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.operators.cases.paging import page_batch, random_batch
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 from glm5_port.testing.comparison import Outcome, check_equal, check_form, check_within_budget
 
 
@@ -50,7 +50,7 @@ def compare_write(outcome: Outcome) -> list[str]:
 
 
 @suite(write_cache, compare=compare_write, rows=("rows",))
-def write_cache_cases() -> Iterator[Case]:
+def write_cache_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make,
         new: Sequence[int],
@@ -105,3 +105,10 @@ def write_cache_cases() -> Iterator[Case]:
     yield Case("latent_plain_odd_widths", lambda make: arguments(make, [3, 2], [3, 6], [7, 6], "plain", padding=1, page_size=3))
     yield Case("index_fp8_odd_width", lambda make: arguments(make, [3], [3], [24], "fp8"))
     yield Case("index_int8_odd_width", lambda make: arguments(make, [3], [3], [24], "int8"))
+
+    def random(make: Make) -> dict[str, Any]:
+        form = make.one_of("plain", "plain", "fp8", "int8")
+        latent = [make.size(1, 100), make.size(1, 40)] if form == "plain" else [512, 64]
+        return arguments(make, widths=make.one_of(latent, [8 * make.size(1, 17)]), cache_format=form, **random_batch(make))
+
+    yield Sweep(random)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from glm5_port.operators.exchange import FORMS, combine_tokens, dispatch_tokens
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 ALONE = {"ranks": 1, "node_ranks": 1, "expert_tensor": 1, "groups": ""}
 
 
 @suite(dispatch_tokens)
-def dispatch_tokens_cases() -> Iterator[Case]:
+def dispatch_tokens_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, tokens: int, form: str = "all_gather", bits: int = 16, width: int = 64, extra: int = 0
     ) -> dict[str, Any]:
@@ -59,9 +59,15 @@ def dispatch_tokens_cases() -> Iterator[Case]:
     yield Case("not_finite_in_8_bits", non_finite)
     yield Case("glm5_width_in_8_bits", lambda make: arguments(make, 3, bits=8, width=6144), tags=WIDTH)
 
+    def random(make: Make) -> dict[str, Any]:
+        form, bits = make.one_of(*FORMS), make.one_of(8, 16)
+        return arguments(make, make.size(0, 40), form, bits, width=make.size(1, 400), extra=make.size(0, 8))
+
+    yield Sweep(random)
+
 
 @suite(combine_tokens)
-def combine_tokens_cases() -> Iterator[Case]:
+def combine_tokens_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, tokens: int, form: str, bits: int = 16, width: int = 64) -> dict[str, Any]:
         return {"results": make.normal(tokens, width), "trace": [], "tokens": tokens, "form": form, "bits": bits, **ALONE}
 
@@ -71,3 +77,8 @@ def combine_tokens_cases() -> Iterator[Case]:
     yield Case("other_forms_return_16_bits", lambda make: arguments(make, 9, "deduplicated", bits=8), exact=True)
     yield Case("no_tokens", lambda make: arguments(make, 0, "all_gather", bits=8))
     yield Case("glm5_width", lambda make: arguments(make, 3, "hierarchical", width=6144), tags=WIDTH)
+
+    def random(make: Make) -> dict[str, Any]:
+        return arguments(make, make.size(0, 40), make.one_of(*FORMS), make.one_of(8, 16), width=make.size(1, 400))
+
+    yield Sweep(random)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from glm5_port.operators.cache import INDEX, cache_layout
+from glm5_port.operators.cases.paging import random_batch
 from glm5_port.operators.indexer import indexer_prologue, indexer_scores, lightning_indexer, select_top_k
 from glm5_port.operators.rope import rotary_angles
-from glm5_port.testing.cases import TIES, WIDTH, Case, Make, suite
+from glm5_port.testing.cases import TIES, WIDTH, Case, Make, Sweep, suite
 from glm5_port.testing.comparison import Outcome, allowed_error, check_equal, check_form
 
 
 @suite(indexer_prologue, rows=("hidden", "query_residual", "cos", "sin"))
-def indexer_prologue_cases() -> Iterator[Case]:
+def indexer_prologue_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, tokens: int, width: int = 64, rank: int = 48, heads: int = 4, head_dim: int = 32, rotated: int = 16,
         eps: float = 1e-6, interleaved: bool = True, first_position: int = 0, key_std: float = 1.0,
@@ -53,6 +54,14 @@ def indexer_prologue_cases() -> Iterator[Case]:
         lambda make: arguments(make, 3, width=6144, rank=2048, heads=32, head_dim=128, rotated=64, first_position=70_000),
         tags=WIDTH,
     )
+
+    def random(make: Make) -> dict[str, Any]:
+        rotated = 2 * make.size(1, 20)
+        sizes = {"width": make.size(1, 150), "rank": make.size(1, 100), "heads": make.size(1, 9)}
+        sizes |= {"head_dim": rotated + make.size(0, 40), "rotated": rotated, "first_position": make.size(0, 10**6)}
+        return arguments(make, make.size(0, 30), **sizes, interleaved=make.one_of(False, True))
+
+    yield Sweep(random)
 
 
 # -- scores over a paged cache -----------------------------------------------------------------------------------------
@@ -164,16 +173,23 @@ def _scoring_cases(top_k: dict[str, int], long_top_k: dict[str, int], glm5_top_k
     yield case("glm5_decode_fp8", [1, 2], [2100, 300], glm5_top_k, heads=32, head_dim=128, page_size=64, cache_format="fp8")
 
 
+def _random_scoring(make: Make) -> dict[str, Any]:
+    form = make.one_of("plain", "plain", "fp8", "int8")
+    head_dim = make.size(1, 140) if form == "plain" else 8 * make.size(1, 17)
+    return paged(make, heads=make.size(1, 40), head_dim=head_dim, cache_format=form, **random_batch(make))
+
+
 @suite(indexer_scores, rows=("index_query", "head_weights"))
-def indexer_scores_cases() -> Iterator[Case]:
+def indexer_scores_cases() -> Iterator[Case | Sweep]:
     yield from _scoring_cases({}, {}, {})
+    yield Sweep(_random_scoring)
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
 @suite(select_top_k, rows=("scores",))
-def select_top_k_cases() -> Iterator[Case]:
+def select_top_k_cases() -> Iterator[Case | Sweep]:
     infinity = float("inf")
 
     def causal(make: Make, scores: Tensor) -> Tensor:
@@ -205,6 +221,13 @@ def select_top_k_cases() -> Iterator[Case]:
     yield case("special_values", special, 9)
     yield case("every_second_column", lambda make: make.integers(5, 60, low=-3, high=4)[:, ::2], 7)
     yield case("glm5", lambda make: causal(make, make.normal(3, 9000).clamp(min=0.0)), 2048, WIDTH | TIES)
+
+    def random(make: Make) -> dict[str, Any]:
+        rows, positions = make.size(0, 20), make.one_of(make.size(0, 40), make.size(0, 5000))
+        drawn = make.one_of(make.normal(rows, positions), make.integers(rows, positions, low=-9, high=10))
+        return {"scores": causal(make, drawn), "top_k": make.one_of(make.size(1, 20), make.size(1, 3000))}
+
+    yield Sweep(random, exact=True)
 
 
 def compare_selection(outcome: Outcome) -> list[str]:
@@ -255,5 +278,6 @@ def _structure(indices: Tensor, scores: Tensor) -> list[str]:
 
 
 @suite(lightning_indexer, compare=compare_selection, rows=("index_query", "head_weights"))
-def lightning_indexer_cases() -> Iterator[Case]:
+def lightning_indexer_cases() -> Iterator[Case | Sweep]:
     yield from _scoring_cases({"top_k": 5}, {"top_k": 25}, {"top_k": 2048})
+    yield Sweep(lambda make: {**_random_scoring(make), "top_k": make.one_of(make.size(1, 20), make.size(1, 300))})

@@ -19,7 +19,7 @@ from glm5_port.operators.int4 import (
 )
 from glm5_port.quant.int4 import Int4Rule, quantize_packed
 from glm5_port.quant.packing import pack_int4
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 NARROW = (torch.float32, torch.bfloat16)
 """Working dtypes of the widest cases: the gold needs twice the memory of float32."""
@@ -42,11 +42,25 @@ def powers_of_two(make: Make, *shape: int) -> Tensor:
     ).mul(2).sub(1)
 
 
+def random_grouping(make: Make, groups: int) -> tuple[int, int]:
+    """(group size or -1, a width of up to `groups` groups)."""
+    group_size = make.one_of(32, 32, 8, 64, 128, 8 * make.size(1, 20), -1)
+    return group_size, 8 * make.size(1, 40) if group_size < 0 else group_size * make.size(1, groups)
+
+
+def random_weight(make: Make) -> dict[str, Any]:
+    """Arguments of a quantiser."""
+    group_size, width = random_grouping(make, 9)
+    leading = [make.size(1, 3)] * make.size(0, 1)
+    weight = make.normal(*leading, make.size(0, 40), width, std=make.one_of(0.02, 1.0))
+    return {"weight": weight, "group_size": group_size, "rule": make.one_of("amax7", "signed8", "mse")}
+
+
 # -- weights -------------------------------------------------------------------------------------------------------------
 
 
 @suite(int4_quantize, rows=("weight",))
-def int4_quantize_cases() -> Iterator[Case]:
+def int4_quantize_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, group_size: int = 32, rule: str = "amax7") -> dict[str, Any]:
         return {"weight": make.normal(*shape, std=0.02), "group_size": group_size, "rule": rule}
 
@@ -103,6 +117,7 @@ def int4_quantize_cases() -> Iterator[Case]:
     yield Case("mse_per_channel", lambda make: arguments(make, 20, 128, group_size=-1, rule="mse"), exact=True)
     yield Case("glm5_gate", lambda make: arguments(make, 32, 6144), exact=True, tags=WIDTH)
     yield Case("glm5_down", lambda make: arguments(make, 64, 2048), exact=True, tags=WIDTH)
+    yield Sweep(random_weight, exact=True)
 
 
 BITS_ONLY = (torch.bfloat16,)
@@ -110,7 +125,7 @@ BITS_ONLY = (torch.bfloat16,)
 
 
 @suite(int4_dequantize, rows=("packed", "scales"))
-def int4_dequantize_cases() -> Iterator[Case]:
+def int4_dequantize_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, group_size: int = 32) -> dict[str, Any]:
         packed, scales = int4_weight(make, *shape, group_size=group_size)
         return {"packed": packed, "scales": scales, "group_size": group_size}
@@ -136,12 +151,18 @@ def int4_dequantize_cases() -> Iterator[Case]:
     yield Case("not_a_number", not_a_number, exact=True, dtypes=BITS_ONLY)
     yield Case("glm5_gate", lambda make: arguments(make, 32, 6144), exact=True, tags=WIDTH, dtypes=BITS_ONLY)
 
+    def random(make: Make) -> dict[str, Any]:
+        group_size, width = random_grouping(make, 9)
+        return arguments(make, *[make.size(1, 3)] * make.size(0, 1), make.size(0, 40), width, group_size=group_size)
+
+    yield Sweep(random, exact=True, dtypes=BITS_ONLY)
+
 
 # -- one product ---------------------------------------------------------------------------------------------------------
 
 
 @suite(int4_matmul, rows=("x",))
-def int4_matmul_cases() -> Iterator[Case]:
+def int4_matmul_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, out: int, group_size: int = 32) -> dict[str, Any]:
         packed, scales = int4_weight(make, out, shape[-1], group_size=group_size)
         return {"x": make.normal(*shape), "packed": packed, "scales": scales, "group_size": group_size}
@@ -178,9 +199,16 @@ def int4_matmul_cases() -> Iterator[Case]:
     yield Case("glm5_gate", lambda make: arguments(make, 3, 6144, out=256), tags=WIDTH)
     yield Case("glm5_down", lambda make: arguments(make, 3, 2048, out=512), tags=WIDTH)
 
+    def random(make: Make) -> dict[str, Any]:
+        group_size, width = random_grouping(make, 9)
+        tokens = make.one_of(1, make.size(0, 20), make.size(0, 150))
+        return arguments(make, tokens, width, out=make.size(1, 200), group_size=group_size)
+
+    yield Sweep(random)
+
 
 @suite(int8_matmul, rows=("x",))
-def int8_matmul_cases() -> Iterator[Case]:
+def int8_matmul_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, out: int) -> dict[str, Any]:
         return {
             "x": make.normal(*shape),
@@ -225,6 +253,7 @@ def int8_matmul_cases() -> Iterator[Case]:
     yield Case("integers", integers, exact=True)
     yield Case("ties", ties, exact=True)
     yield Case("large_sums", largest, dtypes=NARROW)
+    yield Sweep(lambda make: arguments(make, make.one_of(1, make.size(0, 80)), make.size(1, 300), out=make.size(1, 200)))
     yield Case("glm5_query_down", lambda make: arguments(make, 3, 6144, out=2048), tags=WIDTH)
     yield Case("glm5_output", lambda make: arguments(make, 2, 16384, out=512), tags=WIDTH)
 
@@ -232,25 +261,38 @@ def int8_matmul_cases() -> Iterator[Case]:
 # -- experts -------------------------------------------------------------------------------------------------------------
 
 
+def expert_arguments(
+    make: Make, tokens: int, experts: int = 8, width: int = 64, between: int = 32, choices: int = 3, low: int = 0,
+    high: int = -1, group_size: int = 32,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of both expert operators."""
+    gate_up_packed, gate_up_scales = int4_weight(make, experts, 2 * between, width, group_size=group_size)
+    down_packed, down_scales = int4_weight(make, experts, width, between, group_size=group_size)
+    return {
+        "hidden": make.normal(tokens, width),
+        "route_weights": make.uniform(tokens, choices, low=0.1, dtype=torch.float32),
+        "ids": make.integers(tokens, choices, low=low, high=experts if high < 0 else high, dtype=torch.int32),
+        "gate_up_packed": gate_up_packed,
+        "gate_up_scales": gate_up_scales,
+        "down_packed": down_packed,
+        "down_scales": down_scales,
+        "group_size": group_size,
+    }
+
+
+def random_experts(make: Make) -> dict[str, Any]:
+    """Arguments of both expert operators: few or many tokens, ids beyond the experts."""
+    group_size = make.one_of(32, 8, 64, -1)
+    multiple = 8 if group_size < 0 else group_size
+    sizes = {"width": multiple * make.size(1, 5), "between": multiple * make.size(1, 5), "choices": make.size(1, 4)}
+    experts, tokens = make.size(1, 20), make.one_of(1, make.size(0, 12), make.size(0, 150))
+    ids = {"low": make.one_of(0, -2), "high": experts + make.one_of(0, 3)}
+    return expert_arguments(make, tokens, experts, **sizes, **ids, group_size=group_size)
+
+
 def expert_cases() -> Iterator[Case]:
     """For both expert operators."""
-
-    def arguments(
-        make: Make, tokens: int, experts: int = 8, width: int = 64, between: int = 32, choices: int = 3, low: int = 0,
-        high: int = -1, group_size: int = 32,
-    ) -> dict[str, Any]:  # fmt: skip
-        gate_up_packed, gate_up_scales = int4_weight(make, experts, 2 * between, width, group_size=group_size)
-        down_packed, down_scales = int4_weight(make, experts, width, between, group_size=group_size)
-        return {
-            "hidden": make.normal(tokens, width),
-            "route_weights": make.uniform(tokens, choices, low=0.1, dtype=torch.float32),
-            "ids": make.integers(tokens, choices, low=low, high=experts if high < 0 else high, dtype=torch.int32),
-            "gate_up_packed": gate_up_packed,
-            "gate_up_scales": gate_up_scales,
-            "down_packed": down_packed,
-            "down_scales": down_scales,
-            "group_size": group_size,
-        }
+    arguments = expert_arguments
 
     def with_ids(make: Make, ids: list[list[int]]) -> dict[str, Any]:
         return {**arguments(make, len(ids), choices=len(ids[0])), "ids": torch.tensor(ids, dtype=torch.int32)}
@@ -298,11 +340,14 @@ def expert_cases() -> Iterator[Case]:
     )
 
 
-suite(expert_mlp_int4, rows=("hidden", "route_weights", "ids"))(expert_cases)
+@suite(expert_mlp_int4, rows=("hidden", "route_weights", "ids"))
+def expert_w4a16_cases() -> Iterator[Case | Sweep]:
+    yield from expert_cases()
+    yield Sweep(random_experts)
 
 
 @suite(expert_mlp_int4_w4a8, rows=("hidden", "route_weights", "ids"))
-def expert_w4a8_cases() -> Iterator[Case]:
+def expert_w4a8_cases() -> Iterator[Case | Sweep]:
     def in_groups(case: Case) -> Case:
         def arguments(make: Make) -> dict[str, Any]:
             made = case.build(make)
@@ -328,3 +373,9 @@ def expert_w4a8_cases() -> Iterator[Case]:
     ):  # fmt: skip
         yield in_groups(cases[name])
     yield in_groups(Case("unequal_groups", unequal_groups))
+
+    def random(make: Make) -> dict[str, Any]:
+        made = random_experts(make)
+        return {**made, "activation_group_size": made["group_size"]} if made["group_size"] > 0 and make.size(0, 1) else made
+
+    yield Sweep(random)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from glm5_port.operators.cases.int4 import random_weight
 from glm5_port.operators.int4_measured import int4_quantize_measured
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 
 @suite(int4_quantize_measured, rows=("weight",))
-def int4_quantize_measured_cases() -> Iterator[Case]:
+def int4_quantize_measured_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, group_size: int = 32, rule: str = "amax7", std: float = 0.02) -> dict[str, Any]:
         return {"weight": make.normal(*shape, std=std), "group_size": group_size, "rule": rule}
 
@@ -40,4 +41,5 @@ def int4_quantize_measured_cases() -> Iterator[Case]:
     yield Case("outside_the_range", outside)
     yield Case("signed8", lambda make: arguments(make, 20, 128, rule="signed8"))
     yield Case("mse", lambda make: arguments(make, 20, 128, rule="mse"))
+    yield Sweep(random_weight)
     yield Case("glm5_gate", lambda make: arguments(make, 32, 6144), tags=WIDTH)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from glm5_port.operators.linear import gated_mlp, linear, linear_per_head
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 
 @suite(linear, rows=("x",))
-def linear_cases() -> Iterator[Case]:
+def linear_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, out: int) -> dict[str, object]:
         return {"x": make.normal(*shape), "weight": make.normal(out, shape[-1], std=shape[-1] ** -0.5)}
 
@@ -28,11 +28,12 @@ def linear_cases() -> Iterator[Case]:
     yield Case("not_finite", lambda make: {**arguments(make, 3, 64, out=48), "x": make.with_non_finite(3, 64)})
     yield Case("integers", integers, exact=True)
     yield Case("glm5_query_down", lambda make: arguments(make, 3, 6144, out=2048), tags=WIDTH)
+    yield Sweep(lambda make: arguments(make, make.one_of(1, make.size(0, 80)), make.size(1, 300), out=make.size(1, 200)))
     yield Case("glm5_output", lambda make: arguments(make, 2, 16384, out=512), tags=WIDTH)
 
 
 @suite(linear_per_head, rows=("x",))
-def linear_per_head_cases() -> Iterator[Case]:
+def linear_per_head_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, tokens: int, heads: int, width_in: int, width_out: int) -> dict[str, object]:
         weight = make.normal(heads, width_out, width_in, std=width_in**-0.5)
         return {"x": make.normal(tokens, heads, width_in), "weight": weight}
@@ -55,11 +56,12 @@ def linear_per_head_cases() -> Iterator[Case]:
     yield Case("not_finite", lambda make: {**arguments(make, 3, 2, 64, 48), "x": make.with_non_finite(6, 64).view(3, 2, 64)})
     yield Case("integers", integers, exact=True)
     yield Case("glm5_absorb", lambda make: arguments(make, 2, 64, 192, 512), tags=WIDTH)
+    yield Sweep(lambda make: arguments(make, make.size(0, 40), make.size(1, 9), make.size(1, 150), make.size(1, 150)))
     yield Case("glm5_values", lambda make: arguments(make, 2, 64, 512, 256), tags=WIDTH)
 
 
 @suite(gated_mlp, rows=("x",))
-def gated_mlp_cases() -> Iterator[Case]:
+def gated_mlp_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, *shape: int, between: int) -> dict[str, object]:
         width = shape[-1]
         return {
@@ -80,6 +82,7 @@ def gated_mlp_cases() -> Iterator[Case]:
     yield Case("large_gates", lambda make: {**arguments(make, 4, 64, between=48), "x": make.normal(4, 64, std=30.0)})
     yield Case("strided", lambda make: {**arguments(make, 4, 64, between=48), "x": make.normal(4, 128)[:, ::2]})
     yield Case("not_a_number", one_nan)
+    yield Sweep(lambda make: arguments(make, make.size(0, 40), make.size(1, 200), between=make.size(1, 150)))
     yield Case(
         "glm5_shared_expert",
         lambda make: arguments(make, 2, 6144, between=2048),

@@ -10,7 +10,7 @@ import torch
 
 from glm5_port.operators.cache import cache_layout
 from glm5_port.operators.cases.cache import compare_written_rows
-from glm5_port.operators.cases.paging import filled_latent_cache, page_batch, without_last_page
+from glm5_port.operators.cases.paging import filled_latent_cache, page_batch, random_batch, without_last_page
 from glm5_port.operators.mla import (
     attention_output,
     mla_attention_absorbed,
@@ -20,7 +20,7 @@ from glm5_port.operators.mla import (
     mla_prologue_into_cache,
 )
 from glm5_port.operators.rope import rotary_angles
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 from glm5_port.testing.comparison import Outcome, compare_outputs
 
 # -- projections -------------------------------------------------------------------------------------------------------
@@ -68,7 +68,20 @@ def projection(
     }
 
 
-def projection_cases(arguments: Callable[..., dict[str, Any]]) -> Iterator[Case]:
+def random_widths(make: Make) -> Widths:
+    """Of every size, odd ones too."""
+    return Widths(
+        hidden=make.size(1, 150),
+        heads=make.size(1, 9),
+        query=make.size(1, 100),
+        latent=make.size(1, 100),
+        nope=make.size(1, 40),
+        rope=2 * make.size(1, 20),
+        value=make.size(1, 40),
+    )
+
+
+def projection_cases(arguments: Callable[..., dict[str, Any]]) -> Iterator[Case | Sweep]:
     """The cases of mla_project and mla_prologue. `arguments` as `projection`."""
     yield Case("no_tokens", lambda make: arguments(make, 0))
     yield Case("one_token", lambda make: arguments(make, 1))
@@ -79,10 +92,11 @@ def projection_cases(arguments: Callable[..., dict[str, Any]]) -> Iterator[Case]
     yield Case("small_latents_eps_1e-6", lambda make: arguments(make, 5, std=1e-3, eps=1e-6))
     yield Case("not_finite", lambda make: {**arguments(make, 3), "hidden": make.with_non_finite(3, SMALL.hidden)})
     yield Case("glm5_rank", lambda make: arguments(make, 2, GLM5_RANK), tags=WIDTH)
+    yield Sweep(lambda make: arguments(make, make.size(0, 40), random_widths(make), interleaved=make.one_of(False, True)))
 
 
 @suite(mla_project, rows=ROWS)
-def mla_project_cases() -> Iterator[Case]:
+def mla_project_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, tokens: int, widths: Widths = SMALL, **options: Any) -> dict[str, Any]:
         return {**projection(make, tokens, widths, **options), "nope_dim": widths.nope}
 
@@ -96,7 +110,7 @@ def prologue(make: Make, tokens: int, widths: Widths = SMALL, **options: Any) ->
 
 
 @suite(mla_prologue, rows=ROWS)
-def mla_prologue_cases() -> Iterator[Case]:
+def mla_prologue_cases() -> Iterator[Case | Sweep]:
     yield from projection_cases(prologue)
 
 
@@ -116,7 +130,7 @@ def compare_into_cache(outcome: Outcome) -> list[str]:
 
 
 @suite(mla_prologue_into_cache, compare=compare_into_cache, rows=ROWS)
-def mla_prologue_into_cache_cases() -> Iterator[Case]:
+def mla_prologue_into_cache_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make,
         new: Sequence[int],
@@ -149,11 +163,18 @@ def mla_prologue_into_cache_cases() -> Iterator[Case]:
 
     yield from map(glm5_rank, ("plain", "fp8", "int8"))
 
+    def random(make: Make) -> dict[str, Any]:
+        form = make.one_of("plain", "plain", "fp8", "int8")
+        widths = random_widths(make) if form == "plain" else QUANTISABLE
+        return arguments(make, widths=widths, cache_format=form, **random_batch(make))
+
+    yield Sweep(random)
+
 
 # -- dense attention ---------------------------------------------------------------------------------------------------
 
 
-def attention_cases(arguments: Callable[..., dict[str, Any]], glm5: Widths) -> Iterator[Case]:
+def attention_cases(arguments: Callable[..., dict[str, Any]], glm5: Widths) -> Iterator[Case | Sweep]:
     """The cases of both dense forms. `arguments(make, new, lengths, widths, **options)`."""
     unequal = ([3, 1, 5, 0], [9, 1, 5, 4])
     yield Case("no_tokens", lambda make: arguments(make, [0], [3]))
@@ -170,6 +191,13 @@ def attention_cases(arguments: Callable[..., dict[str, Any]], glm5: Widths) -> I
     yield Case("fp8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, cache_format="fp8", padding=1))
     yield Case("int8_rows", lambda make: arguments(make, *unequal, QUANTISABLE, cache_format="int8", padding=1))
     yield Case("glm5", lambda make: arguments(make, [3], [200], glm5, page_size=64), tags=WIDTH)
+
+    def random(make: Make) -> dict[str, Any]:
+        form = make.one_of("plain", "plain", "fp8", "int8")
+        widths = random_widths(make) if form == "plain" else QUANTISABLE
+        return arguments(make, widths=widths, cache_format=form, **random_batch(make))
+
+    yield Sweep(random)
 
 
 def attention(
@@ -197,7 +225,7 @@ def attention(
 
 
 @suite(mla_attention_absorbed, rows=("query_latent", "query_rope"))
-def mla_attention_absorbed_cases() -> Iterator[Case]:
+def mla_attention_absorbed_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any
     ) -> dict[str, Any]:
@@ -208,7 +236,7 @@ def mla_attention_absorbed_cases() -> Iterator[Case]:
 
 
 @suite(mla_attention_expanded, rows=("query_nope", "query_rope"))
-def mla_attention_expanded_cases() -> Iterator[Case]:
+def mla_attention_expanded_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, new: Sequence[int], lengths: Sequence[int], widths: Widths = SMALL, **options: Any
     ) -> dict[str, Any]:
@@ -224,7 +252,7 @@ def mla_attention_expanded_cases() -> Iterator[Case]:
 
 
 @suite(attention_output, rows=("latent_out",))
-def attention_output_cases() -> Iterator[Case]:
+def attention_output_cases() -> Iterator[Case | Sweep]:
     def arguments(make: Make, tokens: int, widths: Widths = SMALL) -> dict[str, Any]:
         w = widths
         return {
@@ -243,3 +271,4 @@ def attention_output_cases() -> Iterator[Case]:
     yield Case("several_tokens", lambda make: arguments(make, 7))
     yield Case("not_finite", not_finite)
     yield Case("glm5_rank", lambda make: arguments(make, 3, GLM5_RANK), tags=WIDTH)
+    yield Sweep(lambda make: arguments(make, make.size(0, 40), random_widths(make)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5_port.operators.moe import expert_mlp, group_scores, keep_best_groups, route_experts, routing_scores
-from glm5_port.testing.cases import TIES, WIDTH, Case, Make, suite
+from glm5_port.testing.cases import TIES, WIDTH, Case, Make, Sweep, suite
 from glm5_port.testing.comparison import Outcome, allowed_error, check_equal, check_form, check_within_budget
 
 
@@ -57,7 +57,7 @@ def _explain_other_ids(outcome: Outcome, ids: Tensor) -> list[str]:
 
 
 @suite(route_experts, compare=compare_routing, rows=("hidden",))
-def route_experts_cases() -> Iterator[Case]:
+def route_experts_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, tokens: int, experts: int = 16, width: int = 64, top_k: int = 4, groups: int = 1, groups_kept: int = 1,
         renormalise: bool = True, scale: float = 2.5,
@@ -109,9 +109,22 @@ def route_experts_cases() -> Iterator[Case]:
     yield Case("few_values_in_groups", lambda make: few_values(make, groups=4, groups_kept=2), exact=True, tags=TIES)
     yield Case("glm5_router", lambda make: arguments(make, 5, experts=256, width=6144, top_k=8), tags=WIDTH)
 
+    def random(make: Make) -> dict[str, Any]:
+        groups, of_group = make.one_of(1, make.size(1, 8)), make.size(2, 40)
+        kept = make.size(1, groups)
+        sizes = {
+            "width": make.size(1, 200),
+            "top_k": make.size(1, min(kept * of_group, 16)),
+            "groups": groups,
+            "groups_kept": kept,
+        }
+        return arguments(make, make.size(0, 60), groups * of_group, **sizes, renormalise=make.one_of(False, True))
+
+    yield Sweep(random)
+
 
 @suite(expert_mlp, rows=("hidden", "route_weights", "ids"))
-def expert_mlp_cases() -> Iterator[Case]:
+def expert_mlp_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make,
         tokens: int,
@@ -166,3 +179,10 @@ def expert_mlp_cases() -> Iterator[Case]:
         tags=WIDTH,
         dtypes=(torch.float32, torch.bfloat16),  # 300 MB in float32, and the gold needs twice that
     )
+
+    def random(make: Make) -> dict[str, Any]:
+        experts, tokens = make.size(1, 20), make.one_of(1, make.size(0, 12), make.size(0, 150))
+        sizes = {"width": make.size(1, 150), "between": make.size(1, 100), "choices": make.size(1, 4)}
+        return arguments(make, tokens, experts, **sizes, low=make.one_of(0, -2), high=experts + make.one_of(0, 3))
+
+    yield Sweep(random)

@@ -78,6 +78,14 @@ def page_batch(
     return Paging(tuple(new), tuple(lengths), padding, page_size, pages, table)
 
 
+def random_batch(make: Make) -> dict[str, Any]:
+    """Arguments of a batch of random shape: new, lengths, padding and page_size."""
+    new = [make.one_of(0, 1, 1, make.size(0, 9)) for _ in range(make.size(1, 4))]
+    lengths = [count + make.one_of(0, make.size(0, 5), make.size(0, 150)) for count in new]
+    page_size = make.one_of(1, 4, 16, 64, make.size(1, 20))
+    return {"new": new, "lengths": lengths, "padding": make.one_of(0, 0, make.size(0, 3)), "page_size": page_size}
+
+
 def without_last_page(arguments: dict[str, Any]) -> dict[str, Any]:
     """The call with a block table one column narrower: its width bounds the positions that are considered."""
     return {**arguments, "block_table": arguments["block_table"][:, :-1].contiguous()}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from glm5_port.operators.rope import rotary_angles, rotate
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 
 @suite(rotate, rows=("x", "cos", "sin"))
-def rotate_cases() -> Iterator[Case]:
+def rotate_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make, tokens: int, heads: int, dims: int, rotated: int, *, start: int = 0, interleaved: bool = True, first: int = 3
     ) -> dict[str, Any]:
@@ -32,3 +32,11 @@ def rotate_cases() -> Iterator[Case]:
     yield Case("not_finite", lambda make: {**arguments(make, 3, 1, 8, 8), "x": make.with_non_finite(3, 8)[:, None]})
     yield Case("glm5_query", lambda make: arguments(make, 5, 64, 64, 64, first=200_000), tags=WIDTH)
     yield Case("glm5_index_query", lambda make: arguments(make, 5, 32, 128, 64, first=200_000), tags=WIDTH)
+
+    def random(make: Make) -> dict[str, Any]:
+        rotated, before, behind = 2 * make.size(1, 40), make.size(0, 9), make.size(0, 9)
+        dims, first = before + rotated + behind, make.size(0, 300_000)
+        sizes = (make.size(0, 20), make.size(1, 9), dims, rotated)
+        return arguments(make, *sizes, start=before, interleaved=make.one_of(False, True), first=first)
+
+    yield Sweep(random)

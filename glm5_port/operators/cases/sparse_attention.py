@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from glm5_port.operators.cache import locate_tokens
-from glm5_port.operators.cases.paging import Paging, filled_latent_cache, page_batch, without_last_page
+from glm5_port.operators.cases.paging import Paging, filled_latent_cache, page_batch, random_batch, without_last_page
 from glm5_port.operators.sparse_attention import sparse_mla_attention
-from glm5_port.testing.cases import WIDTH, Case, Make, suite
+from glm5_port.testing.cases import WIDTH, Case, Make, Sweep, suite
 
 Choose = Callable[[Make, Paging], Tensor]
 
@@ -53,7 +53,7 @@ def nothing(make: Make, paging: Paging) -> Tensor:
 
 
 @suite(sparse_mla_attention, rows=("query_latent", "query_rope", "indices"))
-def sparse_mla_attention_cases() -> Iterator[Case]:
+def sparse_mla_attention_cases() -> Iterator[Case | Sweep]:
     def arguments(
         make: Make,
         new: Sequence[int],
@@ -106,3 +106,11 @@ def sparse_mla_attention_cases() -> Iterator[Case]:
         return Case(f"glm5_{form}", lambda make: arguments(make, [2], [2100], chosen(2048), **options), tags=WIDTH)
 
     yield from map(glm5, ("plain", "fp8", "int8"))
+
+    def random(make: Make) -> dict[str, Any]:
+        form = make.one_of("plain", "plain", "fp8", "int8")
+        widths = (make.size(1, 80), 2 * make.size(1, 20)) if form == "plain" else (512, 64)
+        indices = chosen(make.size(1, 60), beyond=make.one_of(False, True), shuffled=make.one_of(False, True))
+        return arguments(make, indices=indices, heads=make.size(1, 20), widths=widths, cache_format=form, **random_batch(make))
+
+    yield Sweep(random)
