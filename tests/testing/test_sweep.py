@@ -67,7 +67,7 @@ def test_a_suite_has_one_sweep() -> None:
 @pytest.mark.slow
 def test_every_implementation_of_this_machine_passes_random_cases() -> None:
     chips = [name for name, backend in BACKENDS.items() if backend.device_type == "cpu"]
-    results = [result for chip in chips for result in parity.run_chip(chip, sweep=range(8))]
+    results = [result for chip in chips for result in parity.run_chip(chip, sweep=range(5))]
     assert [str(result) for result in results if result.status == "failed"] == []
     passed = {(result.operator, result.implementation) for result in results if result.status == "passed"}
     assert {operator for operator, _ in passed} >= set(SHIPPED) and len(passed) > 2 * len(SHIPPED)
