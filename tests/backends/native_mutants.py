@@ -1,5 +1,5 @@
 """Deliberately broken specifications of the native kernels: a family's scalar.cpp, or its header as scalar.cpp sees it, with one
-place changed.
+place changed; and deliberately broken kernels of the tile unit, as its emulation runs them.
 
 A mutant names the text that it replaces, which must stand exactly once: a specification that is rewritten makes its mutants fail
 loudly instead of testing nothing. Every one compiles, and touches no memory that the specification would not touch.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NATIVE = Path(__file__).parents[2] / "glm5_port" / "backends" / "cpu" / "native"
+TILES = "matrix.cpp.avx512_bf16.cpp"
+"""The unit of a family that holds its kernels of tiles over the emulation."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class NativeMutant:
         text: what stands exactly once in the file.
         replacement: what stands there instead.
         file: in the folder.
+        unit: what is compiled again: the specification, or TILES.
     """
 
     family: str
@@ -31,6 +34,7 @@ class NativeMutant:
     text: str
     replacement: str
     file: str = "scalar.cpp"
+    unit: str = "scalar.cpp"
 
     @property
     def id(self) -> str:
@@ -118,6 +122,12 @@ MUTANTS = [
         ("all groups have the first scale", "scale_of(weight, row, start)", "scale_of(weight, row, 0)"),
         ("rows of 8-bit weights have no scale", "(x.scales[0] * weight.scales[row])", "x.scales[0]"),
         ("groups of 8-bit activations have the first scale", "x.scales[start / weight.group]", "x.scales[0]"),
+        ("INT4 codes of tiles have no sign", "_mm512_set1_epi8(8)", "_mm512_set1_epi8(0)", "int4_tiles.h", TILES),
+        ("the last of an odd number of units is left out of tiles", "if (i < units) {", "if (i + 1 < units) {", "int4_tiles.h", TILES),
+        ("a second tile of rows repeats the first", "at(tile + some - 1, 0)", "at(tile, 0)", "int4_tiles.h", TILES),
+        ("pieces of tiles have the first scale of their rows", "panel_rows), steps + piece);", "panel_rows), steps);", "int4_tiles.h", TILES),
+        ("sums of INT8 tiles begin anew with every chunk", "if (begin) {", "if (true) {", "int8_tiles.h", TILES),
+        ("a quarter of the outputs of INT8 tiles repeats another", "_mm512_shuffle_i64x2(low01, low23, 0xDD)", "_mm512_shuffle_i64x2(low01, low23, 0x88)", "int8_tiles.h", TILES),
     ]),
     *_mutants("cache", [
         ("NaN is not large", "magnitude > amax || magnitude != magnitude", "magnitude > amax"),

@@ -235,6 +235,11 @@ void multiply_turned(const Int4Weight& weight, int64_t panel, int64_t panels, co
   }
 }
 
+// Sums of a row in the order of strips, to its outputs.
+inline void finish_row(float scale, float* sums, int64_t width) {
+  for (int64_t i = 0; i < width; i += F32::width) (to_output_order(F32::load(sums + i)) * F32::broadcast(scale)).store(sums + i);
+}
+
 template <bool by_groups>
 void multiply_codes(const Int4Weight& weight, int64_t panel, int64_t panels, const QuantisedRows& x, const int64_t* row, int64_t count,
                    float* sums, int64_t stride) {
@@ -250,13 +255,7 @@ void multiply_codes(const Int4Weight& weight, int64_t panel, int64_t panels, con
   } else {
     multiply_turned<by_groups>(weight, panel, panels, x, row, count, sums, stride);
   }
-  for (int64_t r = 0; r < count; ++r) {
-    const F32 scale = F32::broadcast(by_groups ? 1.0f : x.scales[row[r]]);
-    for (int64_t i = 0; i < panels * panel_rows; i += F32::width) {
-      float* to = sums + r * stride + i;
-      (to_output_order(F32::load(to)) * scale).store(to);
-    }
-  }
+  for (int64_t r = 0; r < count; ++r) finish_row(by_groups ? 1.0f : x.scales[row[r]], sums + r * stride, panels * panel_rows);
 }
 
 // As `multiply` of panels.h, for rows number `row[0]` ... of x.
@@ -266,16 +265,24 @@ inline void multiply_int4(const Int4Weight& weight, int64_t panel, int64_t panel
               : multiply_codes<false>(weight, panel, panels, x, row, count, sums, stride);
 }
 
+// The product of a mixture; where there is a tile unit, it is that of int4_tiles.h.
+struct Int4ByBytes {
+  static void multiply(const Int4Weight& weight, int64_t panel, int64_t panels, const QuantisedRows& x, const int64_t* row, int64_t count,
+                       float* sums, int64_t stride) {
+    multiply_int4(weight, panel, panels, x, row, count, sums, stride);
+  }
+};
+
 // silu(gate) * up of some rows and columns, rounded as the operator does.
-template <class T>
+template <class Product, class T>
 void fill_plain_between(const ExpertsCall<Int4Weight>& call, const Rows& rows, int64_t panel, const QuantisedRows& hidden,
                         const int64_t* tokens, T* between) {
   const Int4Weight gate = call.gate.of_expert(rows.expert), up = call.up.of_expert(rows.expert);
   const int64_t panels = smaller(between_panels, gate.panels() - panel), width = panels * panel_rows;
   const int64_t column = panel * panel_rows, columns = smaller(width, gate.rows - column);
   const Buffer<float> gates(rows.count * width), ups(rows.count * width);
-  multiply_int4(gate, panel, panels, hidden, tokens + rows.first, rows.count, gates, width);
-  multiply_int4(up, panel, panels, hidden, tokens + rows.first, rows.count, ups, width);
+  Product::multiply(gate, panel, panels, hidden, tokens + rows.first, rows.count, gates, width);
+  Product::multiply(up, panel, panels, hidden, tokens + rows.first, rows.count, ups, width);
   const auto rounded = [](const float* from) {
     T numbers[F32::width];
     F32::load(from).store(numbers);
@@ -290,7 +297,7 @@ void fill_plain_between(const ExpertsCall<Int4Weight>& call, const Rows& rows, i
   }
 }
 
-template <class T>
+template <class Product, class T>
 void mix_quantised_tokens(const ExpertsCall<Int4Weight>& call) {
   const Routing routing(call.ids, call.tokens * call.choices, call.experts);
   const int threads = threads_for(3 * routing.used * call.gate.width * call.down.width, call.threads);
@@ -309,7 +316,7 @@ void mix_quantised_tokens(const ExpertsCall<Int4Weight>& call) {
   });
   const int64_t tasks = blocks_of(call.gate.panels(), between_panels);
   parallel_for(threads, routing.count * tasks, [&](int64_t task) {
-    fill_plain_between<T>(call, routing.blocks[task / tasks], task % tasks * between_panels, hidden, tokens, plain);
+    fill_plain_between<Product, T>(call, routing.blocks[task / tasks], task % tasks * between_panels, hidden, tokens, plain);
   });
   parallel_for(threads, blocks_of(routing.used, few), [&](int64_t block) {
     for (int64_t row = block * few; row < smaller((block + 1) * few, routing.used); ++row) {
@@ -320,15 +327,15 @@ void mix_quantised_tokens(const ExpertsCall<Int4Weight>& call) {
     const int64_t panel = task * result_panels;
     mix_columns<T>(call, routing, panel, [&](const Rows& block, int64_t panels, float* results) {
       const Int4Weight down = call.down.of_expert(block.expert);
-      multiply_int4(down, panel, panels, between, rows + block.first, block.count, results, panels * panel_rows);
+      Product::multiply(down, panel, panels, between, rows + block.first, block.count, results, panels * panel_rows);
     });
   });
 }
 
-template <class T>
+template <class Product, class T>
 void mix_quantised(const ExpertsCall<Int4Weight>& call) {
   const int64_t token_bytes = call.gate.padded_width() + call.choices * (call.down.padded_width() + call.down.width * sizeof(T));
-  in_chunks<T>(call, token_bytes, mix_quantised_tokens<T>);
+  in_chunks<T>(call, token_bytes, mix_quantised_tokens<Product, T>);
 }
 
 }  // namespace

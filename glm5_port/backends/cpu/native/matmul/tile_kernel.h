@@ -2,7 +2,7 @@
 #pragma once
 
 #include "matmul/bf16_kernel.h"
-#include "matmul/tiles.h"
+#include "tiles.h"
 
 namespace glm5 {
 namespace {

@@ -14,7 +14,9 @@ void int4_matmul(const MatmulCall<Int4Weight>& call) {
 void int4_experts(const ExpertsCall<Int4Weight>& call) {
   call.is_bf16 ? mix_experts<Int4ByFloats, bf16>(call) : mix_experts<Int4ByFloats, float>(call);
 }
-void int4_int8_experts(const ExpertsCall<Int4Weight>& call) { call.is_bf16 ? mix_quantised<bf16>(call) : mix_quantised<float>(call); }
+void int4_int8_experts(const ExpertsCall<Int4Weight>& call) {
+  call.is_bf16 ? mix_quantised<Int4ByBytes, bf16>(call) : mix_quantised<Int4ByBytes, float>(call);
+}
 void int8_matmul(const MatmulCall<Int8Weight>& call) { call.is_bf16 ? multiply_quantised<bf16>(call) : multiply_quantised<float>(call); }
 void linear(const MatmulCall<DenseWeight>& call) {
   call.is_bf16 ? multiply_rows<DenseByFloats<bf16>, bf16>(call) : multiply_rows<DenseByFloats<float>, float>(call);

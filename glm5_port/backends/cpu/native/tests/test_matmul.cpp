@@ -39,6 +39,16 @@ std::vector<const MatmulKernels*> usable_kernels() {
   return found;
 }
 
+// Where bytes are multiplied exactly, tiles give the bits of vectors. `run(kernels)` is what they compute.
+template <class Run>
+void compare_tiles(const Run& run) {
+#if defined(__x86_64__)
+  if (isa_missing(Isa::avx512_bf16)[0] != 0) return;
+  CHECK(run(avx512_bf16::matmul_by_emulated_tiles) == run(avx512::matmul));
+  if (isa_missing(Isa::amx)[0] == 0) CHECK(run(amx::matmul) == run(avx512::matmul));
+#endif
+}
+
 // -- weights -----------------------------------------------------------------------------------------------------------
 
 // Canonical words and scales of `matrices` INT4 matrices, and their panels; the codes are in reach of the tests.
@@ -191,6 +201,11 @@ void int8(int64_t rows, int64_t outputs, int64_t width, bool whole, Random& rand
   compare<T>(x, rows, stride, outputs, whole ? 0 : 0.005f, [&](const MatmulKernels& kernels, const T* from, int64_t count, int64_t step, T* y, int threads) {
     kernels.int8_matmul({from, sizeof(T) == 2, count, step, made, y, threads});
   });
+  compare_tiles([&](const MatmulKernels& kernels) {
+    Exact<T> y(rows * outputs);
+    kernels.int8_matmul({x.data(), sizeof(T) == 2, rows, stride, made, y.data(), 2});
+    return y;
+  });
 }
 
 template <class T>
@@ -201,6 +216,8 @@ void int8_everywhere() {
   for (const int64_t outputs : {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130}) int8<T>(3, outputs, 40, true, random);
   for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 19}) int8<T>(rows, 40, 33, true, random);
   int8<T>(259, 70, 40, true, random);
+  for (const int64_t width : {1, 4, 63, 64, 65, 130, 511, 512, 513, 1100})  // tiles, and chunks of them
+    for (const int64_t rows : {9, 16, 17, 33}) int8<T>(rows, 17 + rows, width, rows % 2, random);
   for (const int64_t rows : {1, 4, 9}) int8<T>(rows, 300, 290, false, random);
 }
 
@@ -287,6 +304,12 @@ void int4_experts(const Routes& routes, int64_t width, int64_t between, int64_t 
   compare_experts<T>(routes, width, whole ? 0 : of_chains<T>, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_experts(call(y, threads)); });
   for (const bool groups : {false, true})
     compare_experts<T>(routes, width, 0.03f, [&](const MatmulKernels& kernels, T* y, int threads) { kernels.int4_int8_experts(call(y, threads, groups)); });
+  for (const bool groups : {false, true})
+    compare_tiles([&](const MatmulKernels& kernels) {
+      Exact<T> y(routes.tokens * width);
+      kernels.int4_int8_experts(call(y.data(), 2, groups));
+      return y;
+    });
 }
 
 template <class T>
@@ -322,6 +345,7 @@ void experts_everywhere() {
   dense_experts<T>(Routes(300, 2, 3, random), 20, 40, true, random);
   int4_experts<T>(Routes(9, 4, 6, random), 96, 64, 32, false, random);
   for (const int64_t group : {-1, 96, 288}) int4_experts<T>(Routes(9, 2, 2, random), 576, 288, group, false, random);  // pieces of groups, and chunks
+  for (const int64_t group : {32, 64, 96}) int4_experts<T>(Routes(12, 2, 1, random), 192, 192, group, false, random);  // tiles of pieces
   dense_experts<T>(Routes(9, 4, 6, random), 90, 60, false, random);
 }
 
