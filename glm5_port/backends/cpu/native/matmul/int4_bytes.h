@@ -62,9 +62,11 @@ struct Cursors {
 
 // -- a few rows ---------------------------------------------------------------------------------------------------------------
 
-template <int rows, bool by_groups>
-inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, const QuantisedRows& x, const int64_t* row, float* sums,
-                           int64_t stride) {
+// `unit_groups`: groups are one unit, so that nothing is counted inside of them. A function of its own: inlined, its pointers would be
+// kept on the stack and be read again in every group.
+template <int rows, bool by_groups, bool unit_groups>
+[[gnu::noinline]] void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, const QuantisedRows& x, const int64_t* row,
+                                      float* sums, int64_t stride) {
   constexpr bool two_chains = rows <= 4;  // for many rows there are chains enough, and registers for one each
   F32 sum[rows];
 #pragma GCC unroll 8
@@ -72,7 +74,8 @@ inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, c
   Cursors<rows> at(x, row, 0, 0);
   const uint8_t* codes = weight.at(panel, 0) + strip * strip_bytes;
   const bf16* scales = weight.scales_of(panel) + strip * F32::width;
-  const int64_t groups = weight.groups(), of_group = x.pieces.of_group, units_of_group = x.pieces.units_of_group;
+  const int64_t groups = weight.groups();
+  const int64_t of_group = unit_groups ? 1 : x.pieces.of_group, units_of_group = unit_groups ? 1 : x.pieces.units_of_group;
   int64_t input = 0, piece = 0;
   for (int64_t group = 0; group < groups; ++group, scales += panel_rows) {
     const F32 scale = scales_of_strip(scales);
@@ -84,7 +87,7 @@ inline void multiply_strip(const Int4Weight& weight, int64_t panel, int strip, c
         even[r] = I32::broadcast(at.corrections[r][piece]);
         odd[r] = I32::broadcast(0);
       }
-      for (int64_t unit = smaller(left, piece_units); unit > 0; --unit, codes += unit_bytes, input += unit_inputs) {
+      for (int64_t unit = unit_groups ? 1 : smaller(left, piece_units); unit > 0; --unit, codes += unit_bytes, input += unit_inputs) {
         Bytes steps[unit_steps];
         turn(codes, steps);
 #pragma GCC unroll 4
@@ -111,7 +114,10 @@ template <int rows, bool by_groups>
 inline void multiply_strip_of(int64_t count, const Int4Weight& weight, int64_t panel, int strip, const QuantisedRows& x,
                               const int64_t* row, float* sums, int64_t stride) {
   if constexpr (rows > 0) {
-    if (count == rows) return multiply_strip<rows, by_groups>(weight, panel, strip, x, row, sums, stride);
+    if (count == rows) {
+      return x.pieces.units_of_group == 1 ? multiply_strip<rows, by_groups, true>(weight, panel, strip, x, row, sums, stride)
+                                          : multiply_strip<rows, by_groups, false>(weight, panel, strip, x, row, sums, stride);
+    }
     multiply_strip_of<rows - 1, by_groups>(count, weight, panel, strip, x, row, sums, stride);
   }
 }
