@@ -114,27 +114,21 @@ struct Int4ByPairs : PairTile {
       const int64_t inside = group % groups_together;
       if (inside == 0) widen_scales(scales + group * panel_rows, smaller(groups_together, groups - group), wide);
       for (int64_t unit = 0; unit < units; ++unit, codes += unit_bytes, offset += unit_inputs) {
-#pragma GCC unroll 2
-        for (int q = 0; q < quads; q += 2) {
-          // Places that the compiler cannot know: no table and no input is kept for the next quarters, which sums leave no room for.
-          const float* eight_scales = wide + inside * panel_rows + 4 * q;
-          int64_t from = offset;
-          __asm__("" : "+r"(eight_scales), "+r"(from));
-          __m512i steps[2][unit_steps];
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            four_rows(eight_scales + 4 * half, codes + 64 * (q + half), steps[half]);
-            _mm_prefetch(codes + 64 * (q + half) + ahead, _MM_HINT_T0);
-          }
+        __m512i steps[quads][unit_steps];
 #pragma GCC unroll 4
-          for (int step = 0; step < unit_steps; ++step)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-              const __m512i eight = inputs(x[r] + from + 8 * step);
-              sums.add(r, q, steps[0][step], eight);
-              sums.add(r, q + 1, steps[1][step], eight);
-            }
+        for (int q = 0; q < quads; ++q) {
+          four_rows(wide + inside * panel_rows + 4 * q, codes + 64 * q, steps[q]);
+          _mm_prefetch(codes + 64 * q + ahead, _MM_HINT_T0);
         }
+        // A product waits for the one before in its sum: those of four sums take turns.
+#pragma GCC unroll 4
+        for (int step = 0; step < unit_steps; ++step)
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) {
+            const __m512i eight = inputs(x[r] + offset + 8 * step);
+#pragma GCC unroll 4
+            for (int q = 0; q < quads; ++q) sums.add(r, q, steps[q][step], eight);
+          }
       }
     }
     sums.store(to);

@@ -160,7 +160,7 @@ struct Turned {
 };
 
 template <int rows, int strips, bool by_groups>
-inline void tile(const Turned* turned, const Chunk& chunk, const QuantisedRows& x, const int64_t* row, float* sums, int64_t stride) {
+[[gnu::noinline]] void tile(const Turned* turned, const Chunk& chunk, const QuantisedRows& x, const int64_t* row, float* sums, int64_t stride) {
   F32 sum[rows][strips];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
