@@ -15,7 +15,6 @@ There is no delay: the kernels this was made on have no netem.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
@@ -27,17 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parallel.processor import Shares
 from glm5_port.parallel.quantities import parse_quantity
 
-PAYLOAD = 1448 / 1514
-"""Share of an Ethernet frame that carries data of TCP."""
+FRAME = 1514
+"""Bytes of an Ethernet frame."""
+PAYLOAD = 1448 / FRAME
+"""Share of a frame that carries data of TCP."""
 PORT = 29500
 NEEDED = ("ip", "tc", "unshare", "nsenter")
 QUEUE = 64
 """Frames that wait at a limited link."""
-BURST = 64 * 1024
-"""Bytes that a limit lets pass at once after a pause."""
+PAUSE = 0.5e-3
+"""Seconds whose worth of bytes a limit lets pass at once after a pause: as late as a timer of the kernel may be without loss of
+rate, and so little that a message of any size takes its bytes over the rate."""
 PORT_DEVICE, TRUNK_DEVICE = "eth0", "trunk"
 TRUNK_COUNTERS = "EMULATED_TRUNK_COUNTERS"
 """Variable that tells a rank where the kernel counts what its machine sends to others."""
@@ -98,11 +99,10 @@ class Cluster:
 
     Args:
         wires: what is emulated.
-        share: of a core that each rank has, however many of them work; None: what the others leave.
     """
 
-    def __init__(self, wires: Wires, share: float | None = None) -> None:
-        self.wires, self.share = wires, share
+    def __init__(self, wires: Wires) -> None:
+        self.wires = wires
         self._holders: list[subprocess.Popen[bytes]] = []
         self._ranks: list[int] = []
         self._machines: list[int] = []
@@ -142,13 +142,10 @@ class Cluster:
         Raises:
             RankFailed: a rank failed (the others are ended then), or time is over; with what it wrote to stderr.
         """
-        shares = contextlib.nullcontext() if self.share is None else Shares(self.wires.world, self.share)
-        with tempfile.TemporaryDirectory() as folder, shares as held:
+        with tempfile.TemporaryDirectory() as folder:
             places = [Path(folder) / str(rank) for rank in self.all]
             started = [self._start(rank, command, environment or {}, places[rank]) for rank in self.all]
             try:
-                if held is not None:
-                    held.hold([process.pid for process in started])
                 self._wait(started, places, timeout)
             finally:
                 for process in started:
@@ -267,13 +264,18 @@ def _address(rank: int, ranks: int) -> str:
     return f"10.77.{rank // ranks}.{rank % ranks + 1}"
 
 
+def burst(rate: str) -> int:
+    """Bytes that a limit lets pass at once after a pause; two frames at the least."""
+    return max(2 * FRAME, int(parse_quantity(rate, "bandwidth") * PAUSE))
+
+
 def _limit(device: str, rate: str) -> list[str]:
     """Limits what a device sends; IP packets below 128 bytes go past the queue."""
-    bits = int(parse_quantity(rate, "bandwidth") * 8)
-    tc, burst = f"tc {{}} dev {device}", f"burst {BURST}b cburst {BURST}b"
+    bits, once = int(parse_quantity(rate, "bandwidth") * 8), burst(rate)
+    tc, allowed = f"tc {{}} dev {device}", f"burst {once}b cburst {once}b"
     return [
         f"{tc.format('qdisc add')} root handle 1: htb default 20",
-        f"{tc.format('class add')} parent 1: classid 1:20 htb rate {bits}bit ceil {bits}bit {burst} quantum 60000",
+        f"{tc.format('class add')} parent 1: classid 1:20 htb rate {bits}bit ceil {bits}bit {allowed} quantum 60000",
         f"{tc.format('class add')} parent 1: classid 1:10 htb rate 100mbit ceil 1gbit prio 0 quantum 1514",
         f"{tc.format('qdisc add')} parent 1:20 pfifo limit {QUEUE}",
         f"{tc.format('filter add')} parent 1: protocol ip prio 1 u32 match u16 0x0000 0xff80 at 2 flowid 1:10",

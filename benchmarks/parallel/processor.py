@@ -1,60 +1,79 @@
-"""A constant share of the processor for each rank, so that one rank computes as fast while others work as while they wait.
+"""A processor of constant speed for each rank, so that one computes as fast while others compute as while they wait.
 
 Without it four ranks on two cores have half a core each while all of them compute, and a whole one where the others wait, as in
-a pipeline: no single speed describes them. A control group holds a process to a quota of every period, however idle the machine.
+a pipeline: no single speed describes them. Nor does the quota of a control group hold a rank to one. It lets a process that has
+waited compute at full speed until the quota of the period is used up, which the kernel asks at its next tick: on a kernel of 250
+ticks with 0.4 of a core in periods of 10 ms, 8 ms of work take 9 ms and not 20, 16 ms take 30, and only what lasts long takes
+2.5 times its work. Then it stops every thread of the process, those that receive messages too.
+
+So a rank rests by itself. What it computed since its last exchange took c seconds of processor time: before the next exchange
+begins it waits until c / share have passed. Exchanges themselves are not slowed.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import time
+from collections.abc import Iterator
+from unittest import mock
 
-PERIOD = 10_000
-"""Microseconds in which a quota is used up or not: short beside a message."""
-FIRST_VERSION, SECOND_VERSION = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+from glm5_port.parallel import collectives
 
 
-class Shares:
-    """A control group for each of several processes; a context manager.
+class Pace:
+    """Within the context, what the calling thread computes between exchanges takes 1 / share of its processor time.
 
     Args:
-        count: processes.
-        share: of one core, that each of them has.
+        share: of a core; None: nothing rests, and times are only counted.
+
+    Attributes:
+        computing: seconds since `begin`, rests included, that were spent outside exchanges.
+        late: of these, seconds by which the machine was too busy to hold the pace.
     """
 
-    def __init__(self, count: int, share: float) -> None:
-        self.count, self.quota = count, int(share * PERIOD)
-        self._folders: list[Path] = []
+    def __init__(self, share: float | None) -> None:
+        self.share = share
+        self.computing = self.late = 0.0
+        self._overslept = 0.0
+        self._answered = collectives.answered
+        self._patch = mock.patch.object(collectives, "answered", self._exchange)
+        self._mark()
 
-    def __enter__(self) -> Shares:
-        """Makes the groups.
-
-        Raises:
-            OSError: this computer has no control groups of the processor, or does not let us make them.
-        """
-        first = (FIRST_VERSION / "cpu.cfs_quota_us").exists() or (FIRST_VERSION / "cpu.shares").exists()
-        try:
-            for number in range(self.count):
-                folder = (FIRST_VERSION if first else SECOND_VERSION) / f"emulated-{os.getpid()}-{number}"
-                folder.mkdir()
-                self._folders.append(folder)
-                if first:
-                    (folder / "cpu.cfs_period_us").write_text(str(PERIOD))
-                    (folder / "cpu.cfs_quota_us").write_text(str(self.quota))
-                else:
-                    (folder / "cpu.max").write_text(f"{self.quota} {PERIOD}")
-        except OSError:
-            self.__exit__()
-            raise
+    def __enter__(self) -> Pace:
+        self._patch.start()
+        self.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for folder in self._folders:
-            folder.rmdir()
-        self._folders = []
+        self._patch.stop()
 
-    def hold(self, processes: Sequence[int]) -> None:
-        """From now on each of the processes, and what it starts, has its share."""
-        for folder, process in zip(self._folders, processes, strict=True):
-            (folder / "cgroup.procs").write_text(str(process))
+    def begin(self) -> None:
+        """From here on times count."""
+        self.computing = self.late = self._overslept = 0.0
+        self._mark()
+
+    def rest(self) -> None:
+        """Waits until what was computed has taken its time; before an exchange, and before a clock is read."""
+        passed = time.perf_counter() - self._clock
+        if self.share is not None:
+            ahead = (time.thread_time() - self._processor) / self.share - self._overslept - passed
+            self._overslept = 0.0
+            if ahead > 0:
+                time.sleep(ahead)
+                self._overslept = time.perf_counter() - self._clock - passed - ahead
+            else:
+                self.late -= ahead
+        self.computing += time.perf_counter() - self._clock
+        self._mark()
+
+    @contextlib.contextmanager
+    def _exchange(self, collective: str, purpose: str) -> Iterator[None]:
+        self.rest()
+        try:
+            with self._answered(collective, purpose):
+                yield
+        finally:
+            self._mark()
+
+    def _mark(self) -> None:
+        self._clock, self._processor = time.perf_counter(), time.thread_time()

@@ -3,42 +3,48 @@
     python -m benchmarks.parallel.regret [--setting N] [--rounds 7] [--json]
 
 Four ranks run the plan of one replica; requests are prompts of equal length, prefilled and decoded for one step. Links are
-described as they were set (`benchmarks.parallel.collectives`), with the latency of a small all-reduce. Every rank has the same
-share of a core the whole time (`benchmarks.parallel.processor`), whether others compute or wait, and the compute term is
+described as they were set (`benchmarks.parallel.collectives`), with the latency of a small all-gather on each level. Every rank
+computes at the same constant speed (`benchmarks.parallel.processor`), whether others compute or wait, and the compute term is
 calibrated so: all four ranks run the whole model, at two sizes, which gives the time of a layer and of an operation. Then the
-planner ranks, every plan runs in turn, round after round for a minute or so, and medians count; a plan that takes more than
-`FAR` times the fastest in the first round is left at that. Regret is the time of the planner's choice over that of the fastest
-plan, less 1.
+planner ranks, and every plan runs in turn. The first round counts only for plans that take more than `FAR` times the fastest,
+which are left at that: memory, sockets and windows of plans that have not run yet make it slower. Round after round follows, for
+a minute or so, and medians count. Regret is the time of the planner's choice over that of the fastest plan, less 1. Of every
+plan, what its stages computed is told apart from links and waiting, as predicted and as measured; and how long the machine was
+too busy with other things to compute at that speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.parallel.collectives import topology_of
 from benchmarks.parallel.links import Cluster, NotPermitted, Wires
+from benchmarks.parallel.processor import Pace
 from glm5_port.config import Glm5Config
 from glm5_port.model.build import build, random_weights
 from glm5_port.model.decoder import Glm5Model
 from glm5_port.model.ranks import Ranks
 from glm5_port.model.tensors import expected_tensors
 from glm5_port.parallel.cost.service import Workload, serve_mixed
+from glm5_port.parallel.cost.terms import COMMUNICATION
 from glm5_port.parallel.engines import find_engine
 from glm5_port.parallel.execute import PlanRanks
 from glm5_port.parallel.hardware import MEASURED, Chip, Figure
 from glm5_port.parallel.plan import MIXED, Layout
 from glm5_port.parallel.planner import rank as rank_plans
-from glm5_port.parallel.probe import Group, collective_call
+from glm5_port.parallel.probe import Group, collective_call, neighbours
 from glm5_port.parallel.search import Dropped, Pins, Question, forms, meshes
 from glm5_port.parallel.topology import Topology
 from glm5_port.registry import BACKENDS
@@ -53,14 +59,18 @@ SETTINGS = (
     Wires(machines=2, ranks=2, between="40 Mb/s", inside="200 Mb/s"),
 )
 SHARE = 0.4
-"""Of a core for each of four ranks: what two cores can hold to, with room for the kernel's own work."""
+"""Speed of each of four ranks, of a core: what two cores can hold to, with room for the kernel's own work."""
 FAR = 2.0
 ENOUGH = 60.0
 """Seconds of timed runs after which no further round begins."""
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+"""For the ranks: what was freed is not given back to the system. With every plan in one process the pages of one plan would be
+taken from it while others run, and asked for again, a fault each: up to half of what a plan computes."""
 PROMPTS, LENGTH, SHORT = 4, 128, 8
 """Requests at the same time; tokens of each; of each in the smaller of the two calibrations."""
-LATENCY_CALLS = 20
-"""In a row, so that the time by which ranks leave a barrier apart does not count."""
+LATENCY_CALLS, LATENCY_BYTES = 20, 256
+"""In a row, so that the time by which ranks leave a barrier apart does not count; few beside any rate here, and too many for the
+way past the queue."""
 DTYPE = torch.bfloat16
 
 
@@ -83,7 +93,8 @@ def calibrated(wires: Wires, found: dict[str, float]) -> Topology:
 
     Args:
         wires: the links.
-        found: "latency", and seconds of the whole model for few and for many tokens: "short" and "long".
+        found: seconds of a small all-gather on each level, by its name; and of the whole model for few and for many tokens,
+            "short" and "long".
     """
     topology, config = topology_of(wires), small_config()
     tokens = {"short": PROMPTS * SHORT, "long": PROMPTS * LENGTH}
@@ -103,7 +114,7 @@ def calibrated(wires: Wires, found: dict[str, float]) -> Topology:
         layer_overhead=Figure(fixed / config.num_hidden_layers, "calibrated", MEASURED),
         efficiency=free,
     )
-    levels = tuple(replace(level, latency=found["latency"], quantised_exchange=False) for level in topology.levels)
+    levels = tuple(replace(level, latency=found[level.name], quantised_exchange=False) for level in topology.levels)
     topology = replace(topology, chip=chip, levels=levels)
     # Operations of a token in the cost model's own count, at one a second: what the slope has to cover.
     alone = ask(wires, topology).prices(topology).prefill(Layout(), 1)
@@ -128,23 +139,36 @@ def ask(wires: Wires, topology: Topology) -> Question:
     )
 
 
-def plans(question: Question) -> dict[Layout, float]:
-    """Every plan that this library can run, with its predicted seconds; the planner's choice first."""
+class Predicted(NamedTuple):
+    """Seconds of a plan: all of them, and of these those that are no communication."""
+
+    seconds: float
+    computing: float
+
+
+def plans(question: Question) -> dict[Layout, Predicted]:
+    """Every plan that this library can run, as predicted; the planner's choice first."""
     ranking = rank_plans(question, question.topology, Dropped())
     mixed = next(candidate for candidate in ranking if len(candidate.roles) == 1)
     found = [mixed.roles[0].layout]
     for mesh in meshes(question, question.devices, MIXED, Dropped()):
         found += [form for form in forms(question, mesh.layout, MIXED, Dropped()) if not form.prefill_exchange]
     prices = question.prices(question.topology)
-    return {layout: PROMPTS / serve_mixed(prices, layout, 1, PROMPTS).output_rate for layout in dict.fromkeys(found)}
+    served = {layout: serve_mixed(prices, layout, 1, PROMPTS) for layout in dict.fromkeys(found)}
+    return {
+        layout: Predicted(
+            PROMPTS / each.output_rate, sum(step.seconds - step.of_kind(COMMUNICATION) for step in (each.prefill, each.decode))
+        )
+        for layout, each in served.items()
+    }
 
 
-def far_apart(predicted: dict[Layout, float], factor: float) -> dict[Layout, float]:
+def far_apart(predicted: dict[Layout, Predicted], factor: float) -> dict[Layout, Predicted]:
     """The fastest, and then each time the next that takes `factor` times as long as the one before."""
-    found: dict[Layout, float] = {}
-    for layout, seconds in sorted(predicted.items(), key=lambda item: item[1]):
-        if not found or seconds >= factor * max(found.values()):
-            found[layout] = seconds
+    found: dict[Layout, Predicted] = {}
+    for layout, each in sorted(predicted.items(), key=lambda item: item[1].seconds):
+        if not found or each.seconds >= factor * max(other.seconds for other in found.values()):
+            found[layout] = each
     return found
 
 
@@ -175,57 +199,93 @@ def make(ranks: Ranks) -> Glm5Model:
     return build(config, read, backend="cpu", dtype=DTYPE, ranks=ranks)
 
 
-def seconds_of(model: Glm5Model, length: int, new_tokens: int = 2) -> float:
+def seconds_of(model: Glm5Model, length: int, pace: Pace, new_tokens: int = 2) -> float:
     """A prefill of all prompts, and decode steps for further tokens."""
     asked = prompts(length)
     dist.barrier()
+    pace.begin()
     started = time.perf_counter()
     model.generate(asked, max_new_tokens=new_tokens)
+    pace.rest()
     return time.perf_counter() - started
 
 
-def calibrate(group: Group, rounds: int) -> dict[str, float]:
+def calibrate(group: Group, wires: Wires, pace: Pace, rounds: int) -> dict[str, float]:
     """What `calibrated` takes, on every rank alike; each rank runs the whole model, all at the same time."""
     model = make(Ranks())
     model.generate(prompts(SHORT), max_new_tokens=1)
     found = {
-        name: statistics.median(group.slowest([seconds_of(model, length, 1) for _ in range(rounds)]))
+        name: statistics.median(group.slowest([seconds_of(model, length, pace, 1) for _ in range(rounds)]))
         for name, length in (("short", SHORT), ("long", LENGTH))
     }
-    call = collective_call("all_reduce", dist.group.WORLD, 4096, group.device)
-    found["latency"] = group.time(lambda: [call() for _ in range(LATENCY_CALLS)], 0.5) / LATENCY_CALLS / 2
-    return found
+    members = {"node": partial(neighbours, wires.ranks), "cluster": lambda rank: across(wires, rank)}
+    for name, each in members.items():
+        if len(each(group.rank)) > 1:
+            call = collective_call("all_gather", group.subgroup(each), LATENCY_BYTES, group.device)
+            found[name] = group.time(lambda call=call: [call() for _ in range(LATENCY_CALLS)], 0.5) / LATENCY_CALLS
+    return {"cluster": found["node"]} | found
 
 
-def work(wires: Wires, rounds: int, far: float | None = None) -> dict[str, Any]:
+def across(wires: Wires, rank: int) -> tuple[int, ...]:
+    """One rank of each machine."""
+    return tuple(range(rank % wires.ranks, wires.world, wires.ranks))
+
+
+class Run(NamedTuple):
+    """Of a plan, on the slowest ranks: seconds, those in which its stages computed, one after the other, and by which the machine
+    was too busy to do so at its speed."""
+
+    seconds: float
+    computing: float
+    late: float
+
+
+def run(group: Group, layout: Layout, model: Glm5Model, pace: Pace) -> Run:
+    """One run, the same on every rank."""
+    seconds = seconds_of(model, LENGTH, pace)
+    stage = layout.coordinates(group.rank)["pipeline"]
+    computing, late = (
+        [spent if other == stage else 0.0 for other in range(layout.pipeline)] for spent in (pace.computing, pace.late)
+    )
+    longest = group.slowest([seconds, *computing, *late])
+    return Run(longest[0], sum(longest[1 : 1 + layout.pipeline]), sum(longest[1 + layout.pipeline :]))
+
+
+def work(wires: Wires, rounds: int, share: float | None, far: float | None = None) -> dict[str, Any]:
     """Calibrates, plans, runs every plan, or those that are `far` apart; the same result on every rank."""
-    group = Group(BACKENDS["cpu"], {"wires": str(wires), "rounds": rounds})
-    with torch.inference_mode():
-        found = calibrate(group, rounds)
+    group = Group(BACKENDS["cpu"], {"wires": str(wires), "rounds": rounds, "share": share})
+    gc.disable()  # it would look at the objects of all plans in the time of one
+    with torch.inference_mode(), Pace(share) as pace:
+        found = calibrate(group, wires, pace, rounds)
         question = ask(wires, calibrated(wires, found))
         predicted = plans(question) if far is None else far_apart(plans(question), far)
         models = {
             layout: make(PlanRanks(layout, small_config(), node_devices=wires.ranks, device=group.device)) for layout in predicted
         }
         for model in models.values():
-            seconds_of(model, SHORT)
-        times: dict[Layout, list[float]] = {layout: [] for layout in models}
-        started = time.perf_counter()
-        for round_number in range(rounds):
-            if round_number and group.slowest([time.perf_counter() - started])[0] > ENOUGH:
-                break
-            fastest = min((found[0] for found in times.values() if found), default=0.0)
-            for layout, model in models.items():
-                if far is not None or round_number == 0 or times[layout][0] <= FAR * fastest:
-                    times[layout] += group.slowest([seconds_of(model, LENGTH)])
+            seconds_of(model, SHORT, pace)
+        runs = {layout: [run(group, layout, model, pace)] for layout, model in models.items()}
+        fastest = min(first.seconds for (first,) in runs.values())
+        near = [layout for layout in models if far is not None or runs[layout][0].seconds <= FAR * fastest]
+        runs |= {layout: [] for layout in near}
+        started, counted = time.perf_counter(), 0
+        while counted < rounds and (not counted or group.slowest([time.perf_counter() - started])[0] < ENOUGH):
+            for layout in near:
+                runs[layout].append(run(group, layout, models[layout], pace))
+            counted += 1
     chosen = next(iter(predicted))
     return {
         "wires": str(wires),
+        "rounds": counted,
         "calibration": found,
         "chosen": str(chosen),
         "links": share_of_links(question, chosen),
         "plans": {
-            str(layout): {"predicted": predicted[layout], "measured": statistics.median(times[layout]), "all": times[layout]}
+            str(layout): {
+                "predicted": predicted[layout]._asdict(),
+                "measured": Run(*map(statistics.median, zip(*runs[layout], strict=True)))._asdict(),
+                "all": [each.seconds for each in runs[layout]],
+            }
             for layout in predicted
         },
     }
@@ -236,11 +296,12 @@ def work(wires: Wires, rounds: int, far: float | None = None) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """The planner's choice against the fastest plan."""
-    measured = {name: each["measured"] for name, each in report["plans"].items()}
+    measured = {name: each["measured"]["seconds"] for name, each in report["plans"].items()}
     fastest = min(measured, key=lambda name: measured[name])
     order = sorted(measured, key=lambda name: measured[name])
     return {
         "wires": report["wires"],
+        "rounds": report["rounds"],
         "plans": len(measured),
         "chosen": report["chosen"],
         "chosen_seconds": measured[report["chosen"]],
@@ -255,17 +316,29 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> str:
     """Every plan, fastest first, as text."""
     found = report["calibration"]
-    lines = [f"{report['wires']}; latency {found['latency'] * 1e3:.2f} ms, whole model {found['long'] * 1e3:.0f} ms on each rank"]
-    for name, each in sorted(report["plans"].items(), key=lambda item: item[1]["measured"]):
+    latency = ", ".join(f"{found[name] * 1e3:.2f} ms {name}" for name in ("node", "cluster"))
+    lines = [f"{report['wires']}; latency {latency}; whole model {found['long'] * 1e3:.0f} ms on each rank"]
+    lines.append(f"  {'':<40} {'predicted':>9}, computing   {'measured':>9}, computing,   late")
+    for name, each in sorted(report["plans"].items(), key=lambda item: float(item[1]["measured"]["seconds"])):
         mark = "  <- chosen" if name == report["chosen"] else ""
-        lines.append(f"  {name:<44} predicted {each['predicted']:.3f} s   measured {each['measured']:.3f} s{mark}")
+        first, then = each["predicted"], each["measured"]
+        times = f"{first['seconds']:7.3f} s, {first['computing']:7.3f} s   {then['seconds']:7.3f} s, {then['computing']:7.3f} s"
+        lines.append(f"  {name:<40} {times}, {then['late']:.3f} s{mark}")
     return "\n".join(lines)
 
 
 def row(found: dict[str, Any]) -> str:
     """A line of the table of docs/performance.md."""
     chosen, fastest = (f"{found[name]}: {found[name + '_seconds']:.2f} s" for name in ("chosen", "fastest"))
-    cells = (found["wires"], str(found["plans"]), f"{found['links']:.0%}", chosen, fastest, f"{found['slowest_seconds']:.2f} s")
+    cells = (
+        found["wires"],
+        str(found["rounds"]),
+        str(found["plans"]),
+        f"{found['links']:.0%}",
+        chosen,
+        fastest,
+        f"{found['slowest_seconds']:.2f} s",
+    )
     return f"| {' | '.join(cells)} | {found['regret']:.0%} |"
 
 
@@ -274,18 +347,18 @@ def measure(number: int, rounds: int, *, share: float | None = SHARE, far: float
 
     Args:
         number: of `SETTINGS`.
-        rounds: in which every plan runs.
-        share: of a core for each rank; None: what the others leave.
+        rounds: in which every plan runs and counts.
+        share: speed of each rank, of a core; None: what the others leave.
         far: only plans that are so many times apart, as predicted; None: all.
 
     Raises:
         NotPermitted: no links can be emulated here.
-        OSError: a rank cannot be held to a share here.
     """
     command = [sys.executable, "-m", "benchmarks.parallel.regret", "--worker", "--setting", str(number), "--rounds", str(rounds)]
     command += [] if far is None else ["--far", str(far)]
-    with Cluster(SETTINGS[number], share) as cluster:
-        return dict(json.loads(cluster.run(command, timeout=290)[0]))
+    command += [] if share is None else ["--share", str(share)]
+    with Cluster(SETTINGS[number]) as cluster:
+        return dict(json.loads(cluster.run(command, environment=KEEP, timeout=290)[0]))
 
 
 def main() -> None:
@@ -295,25 +368,27 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--far", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     numbers = range(len(SETTINGS)) if arguments.setting is None else arguments.setting
     if arguments.worker:
-        report = work(SETTINGS[numbers[0]], arguments.rounds, arguments.far)
+        report = work(SETTINGS[numbers[0]], arguments.rounds, arguments.share, arguments.far)
         if os.environ["RANK"] == "0":
             print(json.dumps(report))
         return
     try:
         reports = [measure(number, arguments.rounds) for number in numbers]
-    except (NotPermitted, OSError) as error:
-        print(f"regret needs namespaces with limited links, and control groups of the processor: {error}", file=sys.stderr)
+    except NotPermitted as error:
+        print(f"regret needs namespaces with limited links: {error}", file=sys.stderr)
         sys.exit(2)
     if arguments.json:
         print(json.dumps([report | {"summary": summary(report)} for report in reports], indent=2))
         return
     print("\n".join(show(report) for report in reports))
-    print("\n| links | plans | links' share | chosen | fastest | slowest | regret |\n|---|---:|---:|---|---|---:|---:|")
+    print("\n| links | rounds | plans | links' share | chosen | fastest | slowest | regret |")
+    print("|---|---:|---:|---:|---|---|---:|---:|")
     print("\n".join(row(summary(report)) for report in reports))
 
 

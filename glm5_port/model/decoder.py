@@ -100,11 +100,14 @@ class Glm5Model(Generation, nn.Module):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, tokens_T: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+    def step(self, tokens_T: Tensor, batch: Batch, cache: PagedCache, rows_B: Tensor | None = None) -> Tensor:
         """Runs the trunk over one step's packed tokens, writing the cache.
 
+        Args:
+            rows_B: int64, the tokens whose hidden states are asked for; None: all.
+
         Returns:
-            [T, D] hidden states after the final norm (on ranks without a head: zeros).
+            [B, D] hidden states after the final norm (on ranks without a head: zeros).
         """
         if (context := requested_context()) != self._context_at_construction and context is not None:
             raise SelectionError(
@@ -120,7 +123,7 @@ class Glm5Model(Generation, nn.Module):
             block_TD, residual_TD, indices_TK = layer(block_TD, residual_TD, step, layer_cache, shared)
             if shared is None:
                 self.ranks.observe(indices_TK)
-        return self.ranks.leave(block_TD, residual_TD, indices_TK, batch, self.norm)
+        return self.ranks.leave(block_TD, residual_TD, indices_TK, batch, self.norm, rows_B)
 
     def locate(self, batch: Batch) -> Step:
         """Computes the rotary angles of a step's tokens, once for all layers."""

@@ -200,9 +200,13 @@ class _Session:
     draft_tokens: int
 
     def _step(self, spans: Sequence[Span], tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Runs the trunk; returns hidden states [T, D], and those of each span's last token [B, D]."""
+        """Runs the trunk; returns hidden states [T, D], and those of each span's last token [B, D]. Who does not speculate reads
+        only the latter, and gets them as both: with several ranks the others stay where they are."""
         batch = self.cache.batch(spans)
         tokens_T = torch.tensor(tokens, dtype=torch.int64, device=self.model.device)
+        if not self.model.speculates:
+            last_BD = self.model.step(tokens_T, batch, self.cache, batch.last_rows_B)
+            return last_BD, last_BD
         hidden_TD = self.model.step(tokens_T, batch, self.cache)
         return hidden_TD, hidden_TD[batch.last_rows_B]
 
@@ -224,21 +228,21 @@ class _Session:
             tokens = [t for s, span in zip(members, spans, strict=True) for t in s.tokens[span.start : span.start + span.count]]
             hidden_TD, last_BD = self._step(spans, tokens)
             counts = [span.count for span in spans]
-            for sequence, count, hidden in zip(members, counts, hidden_TD.split(counts), strict=True):
+            for sequence, count in zip(members, counts, strict=True):
                 sequence.cached += count
-                self._remember(sequence, hidden)
             done = [place for place, s in enumerate(members) if s.cached == len(s.tokens)]
             waiting = [s for s in waiting if s.cached < len(s.tokens)]
             if self.model.speculates:
+                for sequence, hidden in zip(members, hidden_TD.split(counts), strict=True):
+                    self._remember(sequence, hidden)
                 self._digest(members)
             if done:
                 emissions += self._choose([members[place] for place in done], last_BD[done])
         return emissions
 
     def _remember(self, sequence: _Sequence, hidden_TD: Tensor) -> None:
-        if self.model.speculates:
-            pending = sequence.pending_TD
-            sequence.pending_TD = hidden_TD if pending is None else torch.cat([pending, hidden_TD])
+        pending = sequence.pending_TD
+        sequence.pending_TD = hidden_TD if pending is None else torch.cat([pending, hidden_TD])
 
     def _choose(self, sequences: Sequence[_Sequence], hidden_BD: Tensor) -> list[Emission]:
         """Chooses one token for each sequence from its last hidden state."""

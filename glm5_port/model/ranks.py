@@ -120,14 +120,20 @@ class Ranks:
         return F.embedding(tokens_T, _loaded(embedding))
 
     def leave(
-        self, block_TD: Tensor, residual_TD: Tensor, indices_TK: Tensor | None, batch: Batch, norm: Callable[..., Any] | None
+        self,
+        block_TD: Tensor,
+        residual_TD: Tensor,
+        indices_TK: Tensor | None,
+        batch: Batch,
+        norm: Callable[..., Any] | None,
+        rows_B: Tensor | None = None,
     ) -> Tensor:
-        """Returns: hidden states of all tokens after the final norm, on the ranks that have a head."""
-        return self.collect(_loaded(norm)(block_TD, residual_TD)[0], batch)
+        """Returns: hidden states of some tokens after the final norm, None for all, on the ranks that have a head."""
+        return self.collect(_loaded(norm)(block_TD, residual_TD)[0], batch, rows_B)
 
-    def collect(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """[t, D] of the rows that this rank carries -> [T, D] of the step."""
-        return hidden_TD
+    def collect(self, hidden_TD: Tensor, batch: Batch, rows_B: Tensor | None = None) -> Tensor:
+        """[t, D] of the rows that this rank carries -> [B, D], some rows of the step; None: all."""
+        return hidden_TD if rows_B is None else hidden_TD[rows_B]
 
     def carry(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """The way back of `collect`."""

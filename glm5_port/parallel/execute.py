@@ -178,11 +178,17 @@ class PlanRanks(Ranks):
         return hidden_TD, indices_AK
 
     def leave(
-        self, block_TD: Tensor, residual_TD: Tensor, indices_TK: Tensor | None, batch: Batch, norm: Callable[..., Any] | None
+        self,
+        block_TD: Tensor,
+        residual_TD: Tensor,
+        indices_TK: Tensor | None,
+        batch: Batch,
+        norm: Callable[..., Any] | None,
+        rows_B: Tensor | None = None,
     ) -> Tensor:
         step = _rank(batch)
         if self.last:
-            return super().leave(block_TD, residual_TD, indices_TK, batch, norm)
+            return super().leave(block_TD, residual_TD, indices_TK, batch, norm, rows_B)
         total_TD, to = block_TD + residual_TD, self.rank + self.layout.stage_ranks
         if self.whole:
             self._send_rows(total_TD, to)
@@ -190,7 +196,7 @@ class PlanRanks(Ranks):
             collectives.send(total_TD, to, self.pipeline, "pipeline")
         if self._shares_indices(self.at["pipeline"] + 1):
             self._send_rows(cast(Tensor, indices_TK), to)
-        return total_TD.new_zeros(step.tokens, total_TD.shape[1])
+        return total_TD.new_zeros(step.tokens if rows_B is None else rows_B.shape[0], total_TD.shape[1])
 
     def embed(self, tokens_T: Tensor, embedding: Tensor | None, batch: Batch) -> Tensor:
         if embedding is None:
@@ -200,10 +206,19 @@ class PlanRanks(Ranks):
         found_AD = F.embedding(torch.where(here_A, local_A, 0), embedding) * here_A.unsqueeze(1)
         return self.add_up(found_AD, batch, "vocabulary")
 
-    def collect(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+    def collect(self, hidden_TD: Tensor, batch: Batch, rows_B: Tensor | None = None) -> Tensor:
         if self.whole:
-            return hidden_TD
-        return collectives.all_gather(hidden_TD, self.stage, "bookkeeping")[_rank(batch).places_T]
+            return super().collect(hidden_TD, batch, rows_B)
+        step = _rank(batch)
+        if rows_B is None:
+            return collectives.all_gather(hidden_TD, self.stage, "bookkeeping")[step.places_T]
+        owner_B, row_B = step.places_T[rows_B] // step.carried, step.places_T[rows_B] % step.carried
+        each = min(step.carried, rows_B.shape[0])  # that a rank sends: as many as it could be asked for, so that nobody counts
+        is_of_BP = F.one_hot(owner_B, self.layout.stage_ranks)
+        place_B = (is_of_BP.cumsum(0) * is_of_BP).sum(1) - 1  # among the rows asked of the same rank
+        mine_B = torch.where(owner_B == self.stage.rank(), place_B, each)
+        sent_M = rows_B.new_zeros(each + 1).scatter_(0, mine_B, row_B)[:each]
+        return collectives.all_gather(hidden_TD[sent_M], self.stage, "bookkeeping")[owner_B * each + place_B]
 
     def carry(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         if self.whole:

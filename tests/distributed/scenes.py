@@ -212,3 +212,27 @@ def other_selection(rank: int, world: int) -> str:
     except RankMismatchError as error:
         return str(error)
     return ""
+
+
+def asked_rows(rank: int, world: int) -> dict[str, tuple[float, float, float]]:
+    """Layout -> (largest difference between the rows that a step was asked for and those of all its rows; bytes that a rank sends
+    so that all ranks have them, as asked and of all rows)."""
+    from glm5_port.model.cache import Span
+    from glm5_port.parallel import collectives
+
+    counts, found = [9, 1, 4, 17], {}
+    rows = torch.tensor([30, 0, 9, 8, 13])
+    tokens = torch.tensor([token for count in counts for token in prompt(count)])
+    for name, layout in FOUR.items():
+        if layout.drafts:
+            continue
+        model, results, sent = make(ranks_of(layout)), [], []
+        for asked in (rows, None):
+            cache = model.new_cache(counts)
+            batch = cache.batch([Span(cache.open(), 0, count) for count in counts])
+            with torch.no_grad(), collectives.record() as calls:
+                results.append(model.step(tokens, batch, cache, asked))
+            sent.append(sum(each.bytes for each in calls if each.purpose == "bookkeeping" and each.collective == "all_gather"))
+        assert results[0].shape == (len(rows), config().hidden_size)
+        found[name] = (float((results[0] - results[1][rows]).abs().max()), *sent)
+    return found

@@ -46,3 +46,14 @@ def test_a_rank_holds_what_the_planner_counts(found: Callable[[int], list[FOUND]
         biases += layout.drafts > 0 and stage == layout.pipeline - 1
         counted = rank_weights(config(), "bf16", layout, stage).total - biases * config().n_routed_experts * 2  # float32
         assert each[name][2] * 2 == counted, f"rank {rank}"
+
+
+def test_only_the_rows_that_are_asked_for_travel(tmp_path: Path) -> None:
+    """After the last layer: as many rows of a rank as could be asked of it, not all that it carries."""
+    asked, width = 5, config().hidden_size * 4
+    for each in on_ranks(4, "tests.distributed.scenes:asked_rows", tmp_path):
+        for name, (error, some, every) in each.items():
+            layout = FOUR[name]
+            assert error == 0, name
+            if layout.exchange != "all_reduce" and layout.pipeline == 1:
+                assert some <= asked * width * (layout.ranks - 1) < every, name
