@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from unittest import mock
 
-from glm5_port.parallel import collectives
+from glm5_port import collectives
 
 
 class Pace:

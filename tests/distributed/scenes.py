@@ -217,8 +217,8 @@ def other_selection(rank: int, world: int) -> str:
 def asked_rows(rank: int, world: int) -> dict[str, tuple[float, float, float]]:
     """Layout -> (largest difference between the rows that a step was asked for and those of all its rows; bytes that a rank sends
     so that all ranks have them, as asked and of all rows)."""
+    from glm5_port import collectives
     from glm5_port.model.cache import Span
-    from glm5_port.parallel import collectives
 
     counts, found = [9, 1, 4, 17], {}
     rows = torch.tensor([30, 0, 9, 8, 13])

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.parallel import processor, regret
 from benchmarks.parallel.links import FRAME, PAUSE, Wires, burst
 from benchmarks.parallel.processor import Pace
-from glm5_port.parallel import collectives
+from glm5_port import collectives
 from glm5_port.parallel.cost.terms import COMMUNICATION
 from glm5_port.parallel.plan import Layout
 
