@@ -87,8 +87,37 @@ inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return {_mm512_permutexvar_ps(order, sums)};
 }
+// Lane j of vector i goes to lane i of vector j.
+inline void transpose(F32 (&rows)[F32::width]) {
+  __m512 pairs[16], fours[16], eights[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // fours[4 b + j]: of rows 4 b to 4 b + 3, lanes j, j + 4, j + 8 and j + 12
+    const int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
+    const __m512d a = _mm512_castps_pd(pairs[from]), b = _mm512_castps_pd(pairs[from + 2]);
+    fours[to] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    fours[to + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // eights[8 b + j]: lanes j and j + 8 of rows 8 b to 8 b + 7; with j + 4, the others
+    const int from = i / 4 * 8 + i % 4;
+    eights[from] = _mm512_shuffle_f32x4(fours[from], fours[from + 4], 0x88);
+    eights[from + 4] = _mm512_shuffle_f32x4(fours[from], fours[from + 4], 0xDD);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {_mm512_shuffle_f32x4(eights[i], eights[i + 8], 0x88)};
+    rows[i + 8] = {_mm512_shuffle_f32x4(eights[i], eights[i + 8], 0xDD)};
+  }
+}
 // Lane i: that lane of a of which i is the number, from 0 to 7; of sixteen lanes, the upper eight must repeat the lower.
 inline F32 lane_of_eight(F32 a, I32 i) { return {_mm512_permutexvar_ps(i.v, a.v)}; }
+// a 2^n for a whole number n, rounded once, even where 2^n itself is no normal float.
+inline F32 times_power_of_two(F32 a, F32 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline I32 absolute(I32 a) { return {_mm512_abs_epi32(a.v)}; }
 inline I32 to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -174,12 +203,38 @@ inline F32 sums_of_fours(F32 a, F32 b, F32 c, F32 d) {
   const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
   return {_mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))};
 }
+inline void transpose(F32 (&rows)[F32::width]) {
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // fours[4 b + j]: of rows 4 b to 4 b + 3, lanes j and j + 4
+    const int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
+    const __m256d a = _mm256_castps_pd(pairs[from]), b = _mm256_castps_pd(pairs[from + 2]);
+    fours[to] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    fours[to + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = {_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20)};
+    rows[i + 4] = {_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31)};
+  }
+}
 inline F32 lane_of_eight(F32 a, I32 i) { return {_mm256_permutevar8x32_ps(a.v, i.v)}; }
 inline I32 absolute(I32 a) { return {_mm256_abs_epi32(a.v)}; }
 inline I32 to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.v)}; }
 inline F32 float_of(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+// In two parts, for n from -252 to 254: 2^n may lie beyond the exponents of normal floats.
+inline F32 times_power_of_two(F32 a, F32 n) {
+  const I32 whole = to_int(n), half = shift_right<1>(whole + I32::broadcast(256)) - I32::broadcast(128);
+  const I32 bias = I32::broadcast(127);
+  return a * float_of(shift_left<23>(half + bias)) * float_of(shift_left<23>(whole - half + bias));
+}
 
 #else
 #error "simd.h is for files that are compiled for a vector instruction set"

@@ -9,7 +9,6 @@ namespace {
 // Within 1 ulp of e^x, subnormal results too; e^-inf = 0, e^inf = inf, NaN stays NaN.
 //
 // e^x = 2^n e^r with n the nearest whole number to x / ln 2, and e^r = 1 + r + r^2 q(r) with q of least relative error, 3e-9.
-// 2^n is multiplied in two parts, since n may lie beyond the exponents of normal floats.
 inline F32 exponential(F32 x) {
   const F32 lowest = F32::broadcast(-105.0f), highest = F32::broadcast(89.0f);  // e^x is 0, and infinite, there already
   x = minimum(highest, maximum(lowest, x));  // in this order of arguments, NaN comes through
@@ -21,10 +20,7 @@ inline F32 exponential(F32 x) {
   q = multiply_add(q, r, F32::broadcast(0.0416683927f));
   q = multiply_add(q, r, F32::broadcast(0.1666651964f));
   q = multiply_add(q, r, F32::broadcast(0.4999999404f));
-  const F32 power = multiply_add(q, r * r, r) + F32::broadcast(1.0f);
-  const I32 whole = to_int(n), half = shift_right<1>(whole + I32::broadcast(256)) - I32::broadcast(128);
-  const I32 bias = I32::broadcast(127);
-  return power * float_of(shift_left<23>(half + bias)) * float_of(shift_left<23>(whole - half + bias));
+  return times_power_of_two(multiply_add(q, r * r, r) + F32::broadcast(1.0f), n);
 }
 
 // x / (1 + e^-x), within 3 ulp; -0 below -88.7, where e^-x is infinite and the exact value above -3e-37. silu(-inf) is NaN, as

@@ -19,15 +19,28 @@ struct BlockShape {
   static constexpr int64_t keys = words_of_segment * Unit::depth;  // most keys of a block
 
   int64_t lanes;  // queries
-  int64_t key_words;  // of a row
+  int64_t content_words, rope_words;  // the two parts of a key
   int64_t value_width;  // numbers
   int64_t value_groups;  // 1, or groups of `quantised_group` channels with a scale for each key
 
-  int64_t segments() const { return blocks_of(key_words, words_of_segment); }
+  // Words of one part of the keys that are multiplied at once.
+  struct Segment {
+    bool of_rope;
+    int64_t first, words;
+  };
+
+  int64_t key_words() const { return content_words + rope_words; }
+  int64_t content_segments() const { return blocks_of(content_words, words_of_segment); }
+  int64_t segments() const { return content_segments() + blocks_of(rope_words, words_of_segment); }
+  Segment segment(int64_t number) const {
+    const bool of_rope = number >= content_segments();
+    const int64_t first = (number - (of_rope ? content_segments() : 0)) * words_of_segment;
+    return {of_rope, first, smaller(words_of_segment, (of_rope ? rope_words : content_words) - first)};
+  }
   int64_t lane_panels() const { return blocks_of(lanes, panel); }
   int64_t value_panels() const { return blocks_of(value_width, panel); }
   int64_t value_panel_words() const { return keys / Unit::depth * panel; }
-  int64_t query_words() const { return lane_panels() * key_words * panel; }
+  int64_t query_words() const { return lane_panels() * key_words() * panel; }
   int64_t state_floats() const { return lane_panels() * panel * (2 + value_panels() * panel); }
 };
 
@@ -37,13 +50,19 @@ struct KeyBlock {
   using Shape = BlockShape<Unit>;
   using Word = typename Unit::Word;
 
-  KeyBlock(const Shape& shape)  // NOLINT: arrays of blocks are made of their shape
-      : rows(Shape::keys * shape.key_words),
+  KeyBlock(const Shape& shape, bool in_place = false)  // NOLINT: arrays of blocks are made of their shape
+      : memory(in_place ? 0 : Shape::keys * shape.key_words()),
         values(shape.value_panels() * shape.value_panel_words()),
         score_factors(shape.segments() * Shape::keys),
-        value_scales(shape.value_groups * Shape::keys) {}
+        value_scales(shape.value_groups * Shape::keys) {
+    for (int64_t k = 0; k < Shape::keys && !in_place; ++k) {
+      content[k] = memory + k * shape.key_words();
+      rope[k] = content[k] + shape.content_words;
+    }
+  }
 
-  Buffer<Word> rows;  // [keys][key_words]
+  Buffer<Word> memory;  // [keys][content_words, rope_words], or nothing where the rows are read in place
+  const Word *content[Shape::keys], *rope[Shape::keys];  // of each key
   Buffer<Word> values;  // [value panels][keys / depth][panel], zeros for a missing last key of a pair
   Buffer<float> score_factors;  // [segments][keys]: what the products of a segment count in the score
   Buffer<float> value_scales;  // [value_groups][keys]
@@ -119,18 +138,19 @@ constexpr int64_t all_visible = -(int64_t{1} << 40);
 template <class Unit>
 void attend_block(const BlockShape<Unit>& shape, const KeyBlock<Unit>& block, const typename Unit::Word* queries,
                   const State<Unit>& state, Scratch<Unit>& scratch, Upcoming& upcoming, int64_t first_lane = all_visible) {
+  using Word = typename Unit::Word;
   constexpr int64_t keys = BlockShape<Unit>::keys;
   upcoming.spread(shape.lane_panels() * (shape.segments() * (block.count / tile_rows) +
                                          shape.value_panels() * (smaller(panel, shape.lanes) / tile_rows)));
   for (int64_t first = 0; first < shape.lanes; first += panel) {
     const int64_t lanes = smaller(panel, shape.lanes - first), place = first / panel;
     if (first_lane >= first + lanes) continue;  // nobody sees the first key
-    std::memset(scratch.scores, 0, block.count * panel * sizeof(float));
-    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-      const int64_t word = segment * words_of_segment;
-      multiply<Unit>(block.count, lanes, block.rows + word, shape.key_words, 1,
-                     queries + (place * shape.key_words + word) * panel, smaller(words_of_segment, shape.key_words - word),
-                     scratch.scores, scratch.ones, block.score_factors + segment * keys, upcoming);
+    for (int64_t number = 0; number < shape.segments(); ++number) {
+      const auto segment = shape.segment(number);
+      const ScatteredRows<Word> rows = {segment.of_rope ? block.rope : block.content, segment.first};
+      const int64_t word = (segment.of_rope ? shape.content_words : 0) + segment.first;
+      multiply<Unit>(block.count, lanes, rows, queries + (place * shape.key_words() + word) * panel, segment.words,
+                     scratch.scores, number == 0 ? nullptr : scratch.ones, block.score_factors + number * keys, upcoming);
     }
     for (int64_t k = 0; k < block.count; ++k)
       for (int64_t lane = 0; lane < smaller(panel, first_lane + k - first); ++lane)
@@ -139,9 +159,10 @@ void attend_block(const BlockShape<Unit>& shape, const KeyBlock<Unit>& block, co
       weigh(shape, block, scratch, state.largest + first + lane, state.total + first + lane, lane);
     for (int64_t p = 0; p < shape.value_panels(); ++p) {
       const int64_t group = shape.value_groups == 1 ? 0 : p * panel / quantised_group;
-      multiply<Unit>(lanes, smaller(panel, shape.value_width - p * panel), scratch.weights + group * shape.value_panel_words(), 1,
-                     panel, block.values + p * shape.value_panel_words(), blocks_of(block.count, Unit::depth),
-                     state.sums + (place * shape.value_panels() + p) * panel * panel, scratch.fade, scratch.ones, upcoming);
+      const PanelColumns<Word> weights = {scratch.weights + group * shape.value_panel_words()};
+      multiply<Unit>(lanes, smaller(panel, shape.value_width - p * panel), weights, block.values + p * shape.value_panel_words(),
+                     blocks_of(block.count, Unit::depth), state.sums + (place * shape.value_panels() + p) * panel * panel,
+                     scratch.fade, scratch.ones, upcoming);
     }
   }
 }

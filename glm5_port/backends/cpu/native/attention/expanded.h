@@ -46,11 +46,13 @@ struct HeadWeight {
 template <class Unit>
 void expand_panel(const BlockShape<Unit>& latent_shape, const KeyBlock<Unit>& latent, const HeadWeight<Unit>& weight,
                   int64_t first, const float* ones, Upcoming& upcoming, float* products) {
-  std::memset(products, 0, latent.count * panel * sizeof(float));
-  for (int64_t word = 0; word < weight.words; word += words_of_segment)
-    multiply<Unit>(latent.count, smaller(panel, weight.width - first), latent.rows + word, latent_shape.key_words, 1,
-                   weight.panels + first * weight.words + word * panel, smaller(words_of_segment, weight.words - word), products,
-                   ones, latent.score_factors + word / words_of_segment * BlockShape<Unit>::keys, upcoming);
+  for (int64_t number = 0; number < latent_shape.content_segments(); ++number) {
+    const auto segment = latent_shape.segment(number);
+    const ScatteredRows<typename Unit::Word> rows = {latent.content, segment.first};
+    multiply<Unit>(latent.count, smaller(panel, weight.width - first), rows,
+                   weight.panels + first * weight.words + segment.first * panel, segment.words, products,
+                   number == 0 ? nullptr : ones, latent.score_factors + number * BlockShape<Unit>::keys, upcoming);
+  }
 }
 
 // Keys and values of one head from a block of latent rows, rounded to the numbers of the unit.
@@ -59,7 +61,6 @@ void expand_block(const BlockShape<Unit>& latent_shape, const KeyBlock<Unit>& la
                   const HeadWeight<Unit>& value_weight, const BlockShape<Unit>& shape, const float* ones, Upcoming& upcoming,
                   float* products, KeyBlock<Unit>& block) {
   constexpr int64_t depth = Unit::depth;
-  const int64_t rope_words = latent_shape.key_words - key_weight.words;
   block.count = latent.count;
   upcoming.spread((blocks_of(key_weight.width, panel) + blocks_of(value_weight.width, panel)) *
                   blocks_of(key_weight.words, words_of_segment) * (block.count / tile_rows));
@@ -67,11 +68,11 @@ void expand_block(const BlockShape<Unit>& latent_shape, const KeyBlock<Unit>& la
     expand_panel(latent_shape, latent, key_weight, first, ones, upcoming, products);
     for (int64_t k = 0; k < block.count; ++k)
       for (int64_t n = 0; n < panel && first + n < key_weight.width; n += F32::width)
-        Unit::store_numbers(Unit::numbers(F32::load(products + k * panel + n)), block.rows + k * shape.key_words, first + n);
+        Unit::store_numbers(Unit::numbers(F32::load(products + k * panel + n)), block.memory + k * shape.key_words(), first + n);
   }
   for (int64_t k = 0; k < block.count; ++k)
-    std::memcpy(block.rows + (k + 1) * shape.key_words - rope_words, latent.rows + k * latent_shape.key_words + key_weight.words,
-                rope_words * sizeof(typename Unit::Word));
+    std::memcpy(block.memory + k * shape.key_words() + shape.content_words, latent.rope[k],
+                shape.rope_words * sizeof(typename Unit::Word));
   for (int64_t first = 0; first < value_weight.width; first += panel) {
     expand_panel(latent_shape, latent, value_weight, first, ones, upcoming, products);
     typename Unit::Word* values = block.values + first / panel * shape.value_panel_words();
@@ -89,12 +90,12 @@ template <class Unit>
 void pack_tokens(const ExpandedCall& given, const Run& run, int64_t head, const BlockShape<Unit>& shape,
                  typename Unit::Word* to) {
   const AttentionCall& call = given.attention;
-  for (int64_t token = run.first; token < run.last; token += panel, to += shape.key_words * panel) {
+  for (int64_t token = run.first; token < run.last; token += panel, to += shape.key_words() * panel) {
     const int64_t tokens = smaller(panel, run.last - token);
     const auto first = [&](const Queries& query) { return token * query.token_stride + head * query.head_stride; };
     pack_panel<Unit>(call.query.data, call.is_bf16, first(call.query), call.query.token_stride, tokens, given.nope_width, to);
     pack_panel<Unit>(call.query_rope.data, call.is_bf16, first(call.query_rope), call.query_rope.token_stride, tokens,
-                     call.cache.rope_width, to + padded(given.nope_width) / Unit::depth * panel);
+                     call.cache.rope_width, to + shape.content_words * panel);
   }
 }
 
@@ -102,12 +103,14 @@ void pack_tokens(const ExpandedCall& given, const Run& run, int64_t head, const 
 template <class Unit>
 void attend_chunk(const BlockShape<Unit>& shape, const KeyBlock<Unit>* blocks, int64_t count, int64_t first_lane,
                   const typename Unit::Word* queries, float* memory, Scratch<Unit>& scratch, Upcoming& upcoming) {
-  const BlockShape<Unit> one_panel = {panel, shape.key_words, shape.value_width, shape.value_groups};
+  BlockShape<Unit> one_panel = shape;
+  one_panel.lanes = panel;
   for (int64_t lane = 0; lane < shape.lanes; lane += panel) {
-    const BlockShape<Unit> part = {smaller(panel, shape.lanes - lane), shape.key_words, shape.value_width, shape.value_groups};
+    BlockShape<Unit> part = shape;
+    part.lanes = smaller(panel, shape.lanes - lane);
     const State<Unit> state(part, memory + lane / panel * one_panel.state_floats());
     for (int64_t block = 0; block < count; ++block)
-      attend_block(part, blocks[block], queries + lane * shape.key_words, state, scratch, upcoming,
+      attend_block(part, blocks[block], queries + lane * shape.key_words(), state, scratch, upcoming,
                    first_lane + block * BlockShape<Unit>::keys - lane);
   }
 }
@@ -116,7 +119,8 @@ template <class Unit, class T>
 void write_run(const ExpandedCall& given, const Run& run, int64_t head, const BlockShape<Unit>& shape, const float* memory) {
   const int64_t heads = given.attention.heads, width = given.value_width;
   for (int64_t token = run.first; token < run.last; token += panel, memory += panel * (2 + shape.value_panels() * panel)) {
-    const BlockShape<Unit> part = {smaller(panel, run.last - token), shape.key_words, width, 1};
+    BlockShape<Unit> part = shape;
+    part.lanes = smaller(panel, run.last - token);
     T* out = static_cast<T*>(given.attention.out) + (token * heads + head) * width;
     for (int64_t p = 0; p < shape.value_panels(); ++p) combine<Unit>(part, memory, 1, 0, p, out, heads * width);
   }
@@ -128,21 +132,22 @@ void attend_run(const ExpandedCall& given, const Run& run, int64_t head) {
   const AttentionCall& call = given.attention;
   const Place first = place_of(call.batch, run.first), last = place_of(call.batch, run.last - 1);
   const int64_t keys = visible_keys(call, last);
-  const BlockShape<Unit> latent_rows = {0, latent_shape<Unit>(call.cache, 0).key_words, 0,
-                                        latent_shape<Unit>(call.cache, 0).value_groups};
-  const int64_t key_words = (padded(given.nope_width) + padded(call.cache.rope_width)) / Unit::depth;
-  const BlockShape<Unit> shape = {run.last - run.first, key_words, given.value_width, 1};
+  BlockShape<Unit> latent_rows = latent_shape<Unit>(call.cache, 0);
+  latent_rows.value_width = 0;
+  const BlockShape<Unit> shape = {run.last - run.first, padded(given.nope_width) / Unit::depth, latent_rows.rope_words,
+                                  given.value_width, 1};
 
   const HeadWeight<Unit> key_weight(call, given.key_weight, head, given.nope_width);
   const HeadWeight<Unit> value_weight(call, given.value_weight, head, given.value_width);
   const Buffer<typename Unit::Word> queries(shape.query_words());
   const Buffer<float> memory(shape.state_floats()), products(keys_of_block * panel);
   const Buffer<LatentRow> rows(2 * keys_of_block);
-  KeyBlock<Unit> latent = latent_rows, blocks[blocks_of_chunk] = {shape, shape, shape, shape};
+  KeyBlock<Unit> latent(latent_rows, reads_in_place<Unit>(call.cache)), blocks[blocks_of_chunk] = {shape, shape, shape, shape};
   Scratch<Unit> scratch(shape);
   pack_tokens(given, run, head, shape, queries);
   for (int64_t lane = 0; lane < shape.lanes; lane += panel) {
-    const BlockShape<Unit> part = {panel, key_words, given.value_width, 1};
+    BlockShape<Unit> part = shape;
+    part.lanes = panel;
     State<Unit>(part, memory + lane / panel * part.state_floats()).clear(part);
   }
   fill_score_factors(latent_rows, 1.0f, latent);

@@ -53,12 +53,12 @@ int64_t list_rows(const AttentionCall& call, int64_t token, const Place& place, 
 template <class Unit>
 void pack_queries(const AttentionCall& call, int64_t token, const BlockShape<Unit>& shape, typename Unit::Word* to) {
   const LatentCache& cache = call.cache;
-  for (int64_t head = 0; head < call.heads; head += panel, to += shape.key_words * panel) {
+  for (int64_t head = 0; head < call.heads; head += panel, to += shape.key_words() * panel) {
     const int64_t heads = smaller(panel, call.heads - head);
     const auto first = [&](const Queries& query) { return token * query.token_stride + head * query.head_stride; };
     pack_panel<Unit>(call.query.data, call.is_bf16, first(call.query), call.query.head_stride, heads, cache.latent_width, to);
     pack_panel<Unit>(call.query_rope.data, call.is_bf16, first(call.query_rope), call.query_rope.head_stride, heads,
-                     cache.rope_width, to + padded(cache.latent_width) / Unit::depth * panel);
+                     cache.rope_width, to + shape.content_words * panel);
   }
 }
 
@@ -74,7 +74,7 @@ void attend_split(const AttentionCall& call, const Tokens<Unit>& tokens, const B
   if (count == 0) return;
   Upcoming(call.cache, rows, smaller(keys_of_block, count)).fetch_all();
   const Buffer<typename Unit::Word> queries(shape.query_words());
-  KeyBlock<Unit> block(shape);
+  KeyBlock<Unit> block(shape, reads_in_place<Unit>(call.cache));
   Scratch<Unit> scratch(shape);
   pack_queries(call, token, shape, queries);
   fill_score_factors(shape, call.scale, block);

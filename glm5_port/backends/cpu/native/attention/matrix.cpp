@@ -12,25 +12,25 @@ struct PairUnit {
   struct Operand {
     __m512bh v;
   };
-  static Operand broadcast(Word word) { return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(word)))}; }
+  static Operand broadcast(const Word* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair))};
+  }
   static Operand load(const Word* from) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(from))}; }
   static F32 multiply_add(Operand a, Operand b, F32 sum) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
   static Operand load_row(const bf16* numbers) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(numbers))}; }
 
-  static Word word(const bf16* numbers, int64_t count) {
-    return numbers[0].bits | (count > 1 ? static_cast<Word>(numbers[1].bits) << 16 : 0);
-  }
-  static Word word(const float* numbers, int64_t count) {
-    return round_to_bf16(numbers[0]).bits | (count > 1 ? static_cast<Word>(round_to_bf16(numbers[1]).bits) << 16 : 0);
-  }
+  static F32 words(const bf16* numbers) { return {_mm512_castsi512_ps(_mm512_loadu_si512(numbers))}; }
 
   using Numbers = __m256i;  // bfloat16
   static Numbers numbers(F32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
   static Numbers numbers(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   template <class T>
   static Numbers numbers(const T* from) {
-    return numbers(load_numbers(from));
+    return numbers(glm5::load_numbers(from));
   }
+  static Numbers load_numbers(const Word* row, int64_t first) { return numbers(reinterpret_cast<const bf16*>(row) + first); }
   static void store_numbers(Numbers numbers, Word* row, int64_t first) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(row) + first), numbers);
   }

@@ -63,8 +63,15 @@ bool keeps_scales(RowFormat format) {
 // The shape of a block whose keys and values are cached rows themselves.
 template <class Unit>
 BlockShape<Unit> latent_shape(const LatentCache& cache, int64_t lanes) {
-  const int64_t words = (padded(cache.latent_width) + padded(cache.rope_width)) / Unit::depth;
-  return {lanes, words, cache.latent_width, keeps_scales<Unit>(cache.format) ? quantised_groups : 1};
+  return {lanes, padded(cache.latent_width) / Unit::depth, padded(cache.rope_width) / Unit::depth, cache.latent_width,
+          keeps_scales<Unit>(cache.format) ? quantised_groups : 1};
+}
+
+// Whether rows are multiplied where they lie: they are made of the unit's own numbers, and of whole vectors.
+template <class Unit>
+bool reads_in_place(const LatentCache& cache) {
+  return cache.format == (Unit::depth == 2 ? RowFormat::bfloat16 : RowFormat::float32) && cache.latent_width % F32::width == 0 &&
+         cache.rope_width % F32::width == 0;
 }
 
 // What products count in a score when rows bear no scale.
@@ -81,28 +88,43 @@ typename Unit::Numbers load_latent(const LatentCache& cache, const LatentRow& ro
   return numbers;
 }
 
+// Makes the words of one key from its row.
+template <class Unit, RowFormat format, bool multiplied>
+void copy_row(const LatentCache& cache, const LatentRow& row, const BlockShape<Unit>& shape, typename Unit::Word* to) {
+  for (int64_t c = 0; c < cache.latent_width; c += F32::width)
+    Unit::store_numbers(load_latent<Unit, format, multiplied>(cache, row, c), to, c);
+  for (int64_t r = 0; r < cache.rope_width; r += F32::width)
+    Unit::store_numbers(load_row<Unit, typename Stored<format>::Rope>(row.rope, r, cache.rope_width), to + shape.content_words,
+                        r);
+}
+
+// Values of key k, and of the next in a pair, from their words; nothing comes after the last.
+template <class Unit>
+void stage_values(const BlockShape<Unit>& shape, int64_t k, KeyBlock<Unit>& block) {
+  constexpr int64_t depth = Unit::depth;
+  for (int64_t c = 0; c < shape.value_width; c += F32::width) {
+    typename Unit::Numbers numbers[depth];
+    for (int64_t i = 0; i < depth; ++i)
+      numbers[i] = k + i < block.count ? Unit::load_numbers(block.content[k + i], c) : Unit::numbers(F32::zero());
+    Unit::store_words(numbers, block.values + c / panel * shape.value_panel_words() + k / depth * panel + c % panel);
+  }
+}
+
 template <class Unit, RowFormat format>
 void stage_rows(const LatentCache& cache, const LatentRow* rows, int64_t count, float scale, const BlockShape<Unit>& shape,
                 KeyBlock<Unit>& block) {
   constexpr int64_t depth = Unit::depth, keys = BlockShape<Unit>::keys;
   constexpr bool multiplied = has_scales(format) && depth == 1;
+  const bool in_place = reads_in_place<Unit>(cache);
   block.count = count;
-  for (int64_t k = 0; k < count; k += depth) {
-    const int64_t last = smaller(count, k + depth);
-    for (int64_t c = 0; c < cache.latent_width; c += F32::width) {
-      typename Unit::Numbers numbers[depth];
-      for (auto& row : numbers) row = Unit::numbers(F32::zero());
-      for (int64_t row = k; row < last; ++row) {
-        numbers[row - k] = load_latent<Unit, format, multiplied>(cache, rows[row], c);
-        Unit::store_numbers(numbers[row - k], block.rows + row * shape.key_words, c);
-      }
-      if (shape.value_width)
-        Unit::store_words(numbers, block.values + c / panel * shape.value_panel_words() + k / depth * panel + c % panel);
+  for (int64_t k = 0; k < count; ++k) {
+    if (in_place) {
+      block.content[k] = reinterpret_cast<const typename Unit::Word*>(rows[k].latent);
+      block.rope[k] = reinterpret_cast<const typename Unit::Word*>(rows[k].rope);
+    } else {
+      copy_row<Unit, format, multiplied>(cache, rows[k], shape, block.memory + k * shape.key_words());
     }
-    for (int64_t row = k; row < last; ++row)
-      for (int64_t r = 0; r < cache.rope_width; r += F32::width)
-        Unit::store_numbers(load_row<Unit, typename Stored<format>::Rope>(rows[row].rope, r, cache.rope_width),
-                            block.rows + row * shape.key_words, padded(cache.latent_width) + r);
+    if (k % depth == depth - 1 || k == count - 1) stage_values(shape, k / depth * depth, block);
   }
   if (has_scales(format) && !multiplied) {
     for (int64_t group = 0; group < quantised_groups; ++group) {  // a segment is a group
@@ -126,31 +148,42 @@ void stage(const LatentCache& cache, const LatentRow* rows, int64_t count, float
   }
 }
 
+// A vector of words of a row that has `count` numbers left, zeros behind them.
+template <class Unit, class T>
+F32 load_words(const T* from, int64_t count) {
+  constexpr int64_t step = F32::width * Unit::depth;
+  if (count >= step) return Unit::words(from);
+  T numbers[step] = {};
+  std::memcpy(numbers, from, count * sizeof(T));
+  return Unit::words(numbers);
+}
+
 // Rows of numbers as one panel operand: row r, `row_stride` numbers apart, becomes lane r; zeros beyond `width`, and beyond
 // `rows` as far as vectors reach.
 template <class Unit, class T>
 void pack_panel(const T* numbers, int64_t row_stride, int64_t rows, int64_t width, typename Unit::Word* to) {
-  constexpr int64_t depth = Unit::depth, chunk = 16;  // words: a line of each row at a time
-  const int64_t words = padded(width) / depth, whole = width / depth;
-  for (int64_t first = 0; first < words; first += chunk) {
-    const int64_t last = smaller(words, first + chunk), full = smaller(whole, last);
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* from = numbers + row * row_stride;
-      for (int64_t word = first; word < full; ++word) to[word * panel + row] = Unit::word(from + word * depth, depth);
-      for (int64_t word = larger(first, full); word < last; ++word)
-        to[word * panel + row] =
-            word * depth < width ? Unit::word(from + word * depth, width - word * depth) : typename Unit::Word{};
+  const int64_t words = padded(width) / Unit::depth;
+  for (int64_t first = 0; first < rows; first += F32::width) {
+    for (int64_t word = 0; word < words; word += F32::width) {
+      const T* from = numbers + first * row_stride + word * Unit::depth;
+      F32 square[F32::width];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < F32::width; ++row)
+        square[row] = first + row < rows ? load_words<Unit>(from + row * row_stride, width - word * Unit::depth) : F32::zero();
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < F32::width; ++i)
+        if (word + i < words) std::memcpy(to + (word + i) * panel + first, &square[i], sizeof(F32));
     }
-    for (int64_t word = first; word < last; ++word)
-      for (int64_t row = rows; row < padded(rows); ++row) to[word * panel + row] = typename Unit::Word{};
   }
 }
 
 template <class Unit>
 void pack_panel(const void* numbers, bool is_bf16, int64_t first, int64_t row_stride, int64_t rows, int64_t width,
                 typename Unit::Word* to) {
-  if (is_bf16) pack_panel<Unit>(static_cast<const bf16*>(numbers) + first, row_stride, rows, width, to);
-  else pack_panel<Unit>(static_cast<const float*>(numbers) + first, row_stride, rows, width, to);
+  if (is_bf16) return pack_panel<Unit>(static_cast<const bf16*>(numbers) + first, row_stride, rows, width, to);
+  if constexpr (Unit::depth == 1)  // pairs are of bfloat16 alone
+    pack_panel<Unit>(static_cast<const float*>(numbers) + first, row_stride, rows, width, to);
 }
 
 }  // namespace
