@@ -57,18 +57,25 @@ struct PairProduct {
     }
   }
 
-  static void multiply(const uint32_t* query, const uint32_t* const* rows, int64_t depth, F32 (&dots)[keys][2]) {
+  static void multiply(const uint32_t* query, const uint32_t* const* rows, int64_t depth, const void* const* next, F32 (&dots)[keys][2]) {
+    constexpr int64_t line = 16;  // elements
     __m512 sums[keys][2];
 #pragma GCC unroll 16
     for (int k = 0; k < keys; ++k) sums[k][0] = sums[k][1] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < depth; ++i) {
-      const __m512bh first = (__m512bh)_mm512_loadu_si512(query + i * heads_of_group);
-      const __m512bh second = (__m512bh)_mm512_loadu_si512(query + i * heads_of_group + F32::width);
+    for (int64_t begin = 0; begin < depth; begin += line) {
+      if (next) {  // a line of each at a time: more at once than are on their way already would be waited for
 #pragma GCC unroll 16
-      for (int k = 0; k < keys; ++k) {
-        const __m512bh key = (__m512bh)_mm512_set1_epi32(static_cast<int>(load_pair(rows[k] + i)));
-        sums[k][0] = _mm512_dpbf16_ps(sums[k][0], first, key);
-        sums[k][1] = _mm512_dpbf16_ps(sums[k][1], second, key);
+        for (int k = 0; k < keys; ++k) __builtin_prefetch(static_cast<const uint32_t*>(next[k]) + begin);
+      }
+      for (int64_t i = begin; i < smaller(depth, begin + line); ++i) {
+        const __m512bh first = (__m512bh)_mm512_loadu_si512(query + i * heads_of_group);
+        const __m512bh second = (__m512bh)_mm512_loadu_si512(query + i * heads_of_group + F32::width);
+#pragma GCC unroll 16
+        for (int k = 0; k < keys; ++k) {
+          const __m512bh key = (__m512bh)_mm512_set1_epi32(static_cast<int>(load_pair(rows[k] + i)));
+          sums[k][0] = _mm512_dpbf16_ps(sums[k][0], first, key);
+          sums[k][1] = _mm512_dpbf16_ps(sums[k][1], second, key);
+        }
       }
     }
 #pragma GCC unroll 16

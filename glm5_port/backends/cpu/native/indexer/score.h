@@ -5,7 +5,8 @@
 //     keys                       rows that are multiplied together
 //     direct(format)             whether rows of the cache can be read where they are
 //     widen_query(from, count, to), widen_key(format, row, count, to)  make Elements of `count` channels, zeros behind them
-//     multiply(query, rows, depth, dots)   dots[k][v] = sum over depth of query vector v * row k
+//     multiply(query, rows, depth, next, dots)   dots[k][v] = sum over depth of query vector v * row k. Meanwhile it may ask for the
+//                                cache's rows `next`, unless these are null
 //
 // A score is computed in one order of sums, whatever is computed beside it. For files that are compiled for a vector instruction set.
 #pragma once
@@ -18,7 +19,7 @@
 namespace glm5 {
 namespace {
 
-constexpr int64_t block_keys = 96;       // a multiple of every Product::keys, and at most Candidates::chunk
+constexpr int64_t block_keys = 96;       // a multiple of every Product::keys and of vectors, and at most Candidates::chunk
 constexpr int64_t tile_tokens = 8;       // that share a block of keys
 constexpr int64_t least_keys = 8064;     // of a split, a multiple of block_keys: each split selects once
 constexpr int64_t items_wanted = 64;     // tiles times splits: what threads share
@@ -45,9 +46,8 @@ class Scorer {
     take_keys(first, count);
     for (int64_t token = 0; token < tile_.tokens; ++token) {
       const int64_t seen = clamped(visible(call_, tile_, token) - first, count);
-      for (int64_t key = 0; key < seen; key += Product::keys) {
-        score_keys(token, key, smaller(Product::keys, seen - key), scores + token * stride + key);
-      }
+      for (int64_t key = 0; key < seen; key += Product::keys) add_heads(token, key, token == 0 ? next_ + key : nullptr);
+      for (int64_t key = 0; key < seen; key += F32::width) write_scores(key, seen, scores + token * stride + key);
     }
   }
 
@@ -70,8 +70,11 @@ class Scorer {
 
   void take_keys(int64_t first, int64_t count) {
     Rows rows(call_, tile_.sequence, first);
-    for (int64_t key = 0; key < count; ++key) {
-      if (key > 0) rows.advance();
+    const int64_t held = visible(call_, tile_, tile_.tokens - 1) - first;
+    for (int64_t key = 0; key < count + Product::keys; ++key) {
+      if (key > 0 && key < held) rows.advance();
+      if (key >= Product::keys) next_[key - Product::keys] = rows.key();
+      if (key >= count) continue;
       scales_[key] = rows.scale();
       rows_[key] = static_cast<const Element*>(rows.key());
       if (!direct_) {
@@ -82,14 +85,16 @@ class Scorer {
     for (int64_t key = count; key % Product::keys; ++key) rows_[key] = rows_[count - 1];  // computed, and not used
   }
 
-  void score_keys(int64_t token, int64_t key, int64_t count, float* scores) const {
+  // What the heads of each lane add to the scores of some keys.
+  void add_heads(int64_t token, int64_t key, const void* const* next) {
     const Element* queries = queries_ + token * groups_ * depth_ * heads_of_group;
     const float* weights = weights_ + token * groups_ * heads_of_group;
     F32 totals[Product::keys];
-    for (F32& total : totals) total = F32::zero();
+#pragma GCC unroll 16
+    for (int k = 0; k < Product::keys; ++k) totals[k] = F32::zero();
     for (int64_t group = 0; group < groups_; ++group) {
       F32 dots[Product::keys][2];
-      Product::multiply(queries + group * depth_ * heads_of_group, rows_ + key, depth_, dots);
+      Product::multiply(queries + group * depth_ * heads_of_group, rows_ + key, depth_, next, dots);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const int64_t head = group * heads_of_group + v * F32::width;
@@ -102,9 +107,24 @@ class Scorer {
         }
       }
     }
-    float sums[Product::keys];
-    for (int k = 0; k < Product::keys; ++k) sums[k] = totals[k].sum();
-    for (int64_t k = 0; k < count; ++k) scores[k] = sums[k] * scales_[key + k];
+#pragma GCC unroll 16
+    for (int k = 0; k < Product::keys; ++k) totals[k].store(totals_[key + k]);
+  }
+
+  // The scores of a vector of keys, as far as they are seen: each is its lanes added up.
+  void write_scores(int64_t key, int64_t seen, float* scores) const {
+    F32 lanes[F32::width];
+#pragma GCC unroll 16
+    for (int k = 0; k < F32::width; ++k) lanes[k] = F32::load(totals_[key + k]);
+    transpose(lanes);
+#pragma GCC unroll 4
+    for (int half = F32::width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+    }
+    const F32 sums = lanes[0] * F32::load(scales_ + key);
+    if (key + F32::width <= seen) sums.store(scores);
+    else store_first(sums, scores, seen - key);
   }
 
   const IndexerCall& call_;
@@ -116,7 +136,9 @@ class Scorer {
   const Buffer<int32_t> used_;
   const Buffer<Element> keys_;
   const Element* rows_[block_keys + Product::keys];
-  float scales_[block_keys];
+  const void* next_[block_keys + Product::keys] = {};  // of each key, the row in the cache `Product::keys` after it
+  float scales_[block_keys] = {};
+  float totals_[block_keys][F32::width] = {};
 };
 
 // -- the walk ----------------------------------------------------------------------------------------------------------
@@ -126,7 +148,7 @@ class Scorer {
 struct Work {
   explicit Work(const IndexerCall& call) : tiles(most_tiles(call, tile_tokens)), count(cut_tiles(call, tile_tokens, tiles)) {
     for (int64_t i = 0; i < count; ++i) longest = larger(longest, visible(call, tiles[i], tiles[i].tokens - 1));
-    const int64_t most = larger(1, blocks_of(longest, least_keys));
+    const int64_t most = larger(1, longest / least_keys);
     const int64_t wanted = larger(1, smaller(most, blocks_of(items_wanted, larger(1, count))));
     length = larger(1, blocks_of(blocks_of(longest, wanted), block_keys)) * block_keys;
     splits = larger(1, blocks_of(longest, length));

@@ -27,7 +27,7 @@ struct FloatProduct {
     }
   }
 
-  static void multiply(const float* query, const float* const* rows, int64_t depth, F32 (&dots)[keys][2]) {
+  static void multiply(const float* query, const float* const* rows, int64_t depth, const void* const*, F32 (&dots)[keys][2]) {
     F32 sums[keys][2];
 #pragma GCC unroll 16
     for (int k = 0; k < keys; ++k) sums[k][0] = sums[k][1] = F32::zero();
