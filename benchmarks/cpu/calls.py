@@ -16,12 +16,20 @@ from glm5_port.memory import zeros
 WIDTH, HEADS, QUERY_LATENT, LATENT, ROPE, NOPE, VALUE = 6144, 64, 2048, 512, 64, 192, 256
 """Of GLM-5: hidden size, attention heads, and the widths of their parts."""
 
+DISTINCT = (1 << 22) - 3
+"""Numbers that are drawn; odd, so that no two rows of a weight are equal."""
+
 Call = dict[str, Any]
 
 
 def normal(*shape: int, std: float = 1.0) -> Tensor:
-    """Numbers in bfloat16, in memory such as a checkpoint's weights are read into."""
-    return zeros(*shape, dtype=torch.bfloat16).copy_(torch.randn(*shape).mul_(std))
+    """Numbers in bfloat16, in memory such as a checkpoint's weights are read into. After so many of them they come again."""
+    result = zeros(*shape, dtype=torch.bfloat16)
+    parts = result.view(-1).split(DISTINCT)
+    drawn = torch.randn(parts[0].numel()).mul_(std).bfloat16()
+    for part in parts:
+        part.copy_(drawn[: part.numel()])
+    return result
 
 
 def weight(*shape: int) -> Tensor:
