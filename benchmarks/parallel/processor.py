@@ -2,9 +2,8 @@
 
 Without it four ranks on two cores have half a core each while all of them compute, and a whole one where the others wait, as in
 a pipeline: no single speed describes them. Nor does the quota of a control group hold a rank to one. It lets a process that has
-waited compute at full speed until the quota of the period is used up, which the kernel asks at its next tick: on a kernel of 250
-ticks with 0.4 of a core in periods of 10 ms, 8 ms of work take 9 ms and not 20, 16 ms take 30, and only what lasts long takes
-2.5 times its work. Then it stops every thread of the process, those that receive messages too.
+waited compute at full speed until the quota of the period is used up, which the kernel asks at its next tick, and so only what
+lasts many periods takes its time. Then it stops every thread of the process, those that receive messages too.
 
 So a rank rests by itself. What it computed since its last exchange took c seconds of processor time: before the next exchange
 begins it waits until c / share have passed. Exchanges themselves are not slowed.

@@ -7,10 +7,10 @@ described as they were set (`benchmarks.parallel.collectives`), with the latency
 computes at the same constant speed (`benchmarks.parallel.processor`), whether others compute or wait, and the compute term is
 calibrated so: all four ranks run the whole model, at two sizes, which gives the time of a layer and of an operation. Then the
 planner ranks, and every plan runs in turn. The first round counts only for plans that take more than `FAR` times the fastest,
-which are left at that: memory, sockets and windows of plans that have not run yet make it slower. Round after round follows, for
-a minute or so, and medians count. Regret is the time of the planner's choice over that of the fastest plan, less 1. Of every
-plan, what its stages computed is told apart from links and waiting, as predicted and as measured; and how long the machine was
-too busy with other things to compute at that speed.
+which are left at that: memory, sockets and windows of plans that have not run yet make it slower. Round after round follows,
+for half a minute, and medians count. Regret is the time of the planner's choice over that of the fastest plan,
+less 1. Of every plan, what its stages computed is told apart from links and waiting, as predicted and as measured; and how long
+the machine was too busy with other things to compute at that speed.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ SETTINGS = (
 SHARE = 0.4
 """Speed of each of four ranks, of a core: what two cores can hold to, with room for the kernel's own work."""
 FAR = 2.0
-ENOUGH = 60.0
+ENOUGH = 35.0
 """Seconds of timed runs after which no further round begins."""
 KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
 """For the ranks: what was freed is not given back to the system. With every plan in one process the pages of one plan would be
-taken from it while others run, and asked for again, a fault each: up to half of what a plan computes."""
+taken from it while others run, and asked for again, a fault each."""
 PROMPTS, LENGTH, SHORT = 4, 128, 8
 """Requests at the same time; tokens of each; of each in the smaller of the two calibrations."""
 LATENCY_CALLS, LATENCY_BYTES = 20, 256
@@ -262,8 +262,6 @@ def work(wires: Wires, rounds: int, share: float | None, far: float | None = Non
         models = {
             layout: make(PlanRanks(layout, small_config(), node_devices=wires.ranks, device=group.device)) for layout in predicted
         }
-        for model in models.values():
-            seconds_of(model, SHORT, pace)
         runs = {layout: [run(group, layout, model, pace)] for layout, model in models.items()}
         fastest = min(first.seconds for (first,) in runs.values())
         near = [layout for layout in models if far is not None or runs[layout][0].seconds <= FAR * fastest]
