@@ -140,8 +140,9 @@ void attend_block(const BlockShape<Unit>& shape, const KeyBlock<Unit>& block, co
                   const State<Unit>& state, Scratch<Unit>& scratch, Upcoming& upcoming, int64_t first_lane = all_visible) {
   using Word = typename Unit::Word;
   constexpr int64_t keys = BlockShape<Unit>::keys;
-  upcoming.spread(shape.lane_panels() * (shape.segments() * (block.count / tile_rows) +
-                                         shape.value_panels() * (smaller(panel, shape.lanes) / tile_rows)));
+  const int64_t key_calls = blocks_of(shape.key_words(), words_of_fetch) * (block.count / tile_rows),
+                value_calls = shape.value_panels() * blocks_of(block.count, Unit::depth * words_of_fetch);
+  upcoming.spread(shape.lane_panels() * (key_calls + value_calls * (smaller(panel, shape.lanes) / tile_rows)));
   for (int64_t first = 0; first < shape.lanes; first += panel) {
     const int64_t lanes = smaller(panel, shape.lanes - first), place = first / panel;
     if (first_lane >= first + lanes) continue;  // nobody sees the first key

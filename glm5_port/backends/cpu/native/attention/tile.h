@@ -16,6 +16,9 @@ namespace {
 
 constexpr int64_t panel = 4 * F32::width;
 
+// Of a tile, between which upcoming rows are asked for: a few lines at a time, since the products wait behind many.
+constexpr int64_t words_of_fetch = 16;
+
 // Registers: 24 sums and 5 operands of 32, or 12 and 3 of 16.
 constexpr int tile_rows = 6, tile_vectors = F32::width == 16 ? 4 : 2;
 
@@ -83,7 +86,8 @@ struct FloatUnit {
 
 // sums[row][column] = sums * keep[row] + (rows of a . columns of b) * add[row]; without `keep`, there are no sums yet.
 template <class Unit, int rows, int vectors, class Rows>
-void multiply_tile(Rows a, const typename Unit::Word* b, int64_t words, float* sums, const float* keep, const float* add) {
+void multiply_tile(Rows a, const typename Unit::Word* b, int64_t words, float* sums, const float* keep, const float* add,
+                   Upcoming& upcoming) {
   const typename Unit::Word* from[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) from[r] = a[r];
@@ -92,15 +96,18 @@ void multiply_tile(Rows a, const typename Unit::Word* b, int64_t words, float* s
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = F32::zero();
-  for (int64_t k = 0; k < words; ++k) {
-    typename Unit::Operand column[vectors];
+  for (int64_t first = 0; first < words; first += words_of_fetch) {
+    upcoming.fetch();
+    for (int64_t k = first; k < smaller(words, first + words_of_fetch); ++k) {
+      typename Unit::Operand column[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) column[v] = Unit::load(b + k * panel + v * F32::width);
+      for (int v = 0; v < vectors; ++v) column[v] = Unit::load(b + k * panel + v * F32::width);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const typename Unit::Operand row = Unit::broadcast(from[r] + k * Rows::step);
+      for (int r = 0; r < rows; ++r) {
+        const typename Unit::Operand row = Unit::broadcast(from[r] + k * Rows::step);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = Unit::multiply_add(row, column[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Unit::multiply_add(row, column[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -116,7 +123,7 @@ void multiply_tile(Rows a, const typename Unit::Word* b, int64_t words, float* s
 template <class Unit, int vectors, class Rows>
 void multiply_rows(int64_t rows, Rows a, const typename Unit::Word* b, int64_t words, float* sums, const float* keep,
                    const float* add, Upcoming& upcoming) {
-  using Tile = void (*)(Rows, const typename Unit::Word*, int64_t, float*, const float*, const float*);
+  using Tile = void (*)(Rows, const typename Unit::Word*, int64_t, float*, const float*, const float*, Upcoming&);
   static constexpr Tile last[tile_rows] = {nullptr,
                                            multiply_tile<Unit, 1, vectors, Rows>,
                                            multiply_tile<Unit, 2, vectors, Rows>,
@@ -124,13 +131,10 @@ void multiply_rows(int64_t rows, Rows a, const typename Unit::Word* b, int64_t w
                                            multiply_tile<Unit, 4, vectors, Rows>,
                                            multiply_tile<Unit, 5, vectors, Rows>};
   const auto at = [&](int64_t row, Tile tile) {
-    tile(a.from(row), b, words, sums + row * panel, keep ? keep + row : nullptr, add + row);
+    tile(a.from(row), b, words, sums + row * panel, keep ? keep + row : nullptr, add + row, upcoming);
   };
   int64_t row = 0;
-  for (; row + tile_rows <= rows; row += tile_rows) {
-    at(row, multiply_tile<Unit, tile_rows, vectors, Rows>);
-    upcoming.fetch();
-  }
+  for (; row + tile_rows <= rows; row += tile_rows) at(row, multiply_tile<Unit, tile_rows, vectors, Rows>);
   if (row < rows) at(row, last[rows - row]);
 }
 

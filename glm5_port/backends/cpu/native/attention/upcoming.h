@@ -1,5 +1,5 @@
 // Rows of the cache that will be read soon. Selected rows lie anywhere, so no hardware foresees them: their lines are asked for a
-// few at a time between the tiles of the block before, and arrive behind its arithmetic.
+// few at a time between the products of the block before, and arrive behind its arithmetic.
 #pragma once
 
 #include "attention/attention.h"

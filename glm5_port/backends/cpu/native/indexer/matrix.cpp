@@ -57,7 +57,8 @@ struct PairProduct {
     }
   }
 
-  static void multiply(const uint32_t* query, const uint32_t* const* rows, int64_t depth, const void* const* next, F32 (&dots)[keys][2]) {
+  static void multiply(const uint32_t* query, const uint32_t* const* rows, int64_t depth, const void* const* next,
+                       F32 (&dots)[keys][2]) {
     constexpr int64_t line = 16;  // elements
     __m512 sums[keys][2];
 #pragma GCC unroll 16

@@ -5,8 +5,8 @@
 //     keys                       rows that are multiplied together
 //     direct(format)             whether rows of the cache can be read where they are
 //     widen_query(from, count, to), widen_key(format, row, count, to)  make Elements of `count` channels, zeros behind them
-//     multiply(query, rows, depth, next, dots)   dots[k][v] = sum over depth of query vector v * row k. Meanwhile it may ask for the
-//                                cache's rows `next`, unless these are null
+//     multiply(query, rows, depth, next, dots)   dots[k][v] = sum over depth of query vector v * row k. Meanwhile it may ask
+//                                for the cache's rows `next`, unless that is null
 //
 // A score is computed in one order of sums, whatever is computed beside it. For files that are compiled for a vector instruction set.
 #pragma once
