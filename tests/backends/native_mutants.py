@@ -87,6 +87,8 @@ MUTANTS = [
         ("NaN is the lowest", "std::isnan(a) ? !std::isnan(b) : a > b", "std::isnan(b) ? !std::isnan(a) : a > b"),
         ("minus infinity is selected", "if (widen(scores[i]) != nothing)", "if (true)"),
         ("indices are in the order of scores", "  std::sort(positions.begin(), positions.end());\n", ""),
+        ("a second tile of keys repeats the first", "rows[0] + tile_side * depth + i", "rows[0] + i", "matrix.cpp", TILES),
+        ("a second tile of heads repeats the first", "query + i * heads_of_group + tile_side", "query + i * heads_of_group", "matrix.cpp", TILES),
         ("padding has the scores of nobody", "call.scores + first_padding(call) * positions, call.scores + call.tokens * positions, nothing", "call.scores + call.tokens * positions, call.scores + call.tokens * positions, nothing"),
     ]),
     *_mutants("attention", [

@@ -31,7 +31,8 @@ KERNELS = {
     "INT4 weights, 8-bit activations, 64 inputs (matmul/int4_tiles.h)": (BYTES, {(0, 4, 5), (1, 4, 5), (2, 4, 5), (3, 4, 5)}),
     "INT4 weights, 8-bit activations, 32 inputs (matmul/int4_tiles.h)": (BYTES, {(0, 6, 7), (1, 6, 7), (2, 6, 7), (3, 6, 7)}),
     "INT8 weights (matmul/int8_tiles.h)": (BYTES, {(0, 4, 6), (1, 5, 6), (2, 4, 7), (3, 5, 7)}),
-    "the limit of bfloat16 (limits/matrix.cpp)": (PAIRS, {(0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)}),
+    "the indexer (indexer/matrix.cpp)": (PAIRS, {(0, 6, 4), (1, 6, 5), (2, 7, 4), (3, 7, 5)}),
+    "the limit of bfloat16 (limits/matrix.cpp)": (PAIRS, {(0, 6, 4), (1, 6, 5), (2, 7, 4), (3, 7, 5)}),
     "the limit of 8 bits (limits/matrix.cpp)": (BYTES, {(0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)}),
 }
 """Instruction, and its tiles of sums, left side and right side."""

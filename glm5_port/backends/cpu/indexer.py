@@ -128,7 +128,7 @@ def _make_indexer(isa: int) -> Callable[..., Tensor]:
     return run
 
 
-for _isas, _reasons in ((("scalar", "avx2", "avx512"), _scores_not_supported), (("avx512_bf16",), _pairs_not_supported)):
+for _isas, _reasons in ((("scalar", "avx2", "avx512"), _scores_not_supported), (("avx512_bf16", "amx"), _pairs_not_supported)):
     native(indexer_scores, isas=_isas, promises=_SCORES, not_supported=_reasons)(_make_scores)
     native(lightning_indexer, isas=_isas, promises=(*_SCORES, "tie_rule"), not_supported=_reasons)(_make_indexer)
 

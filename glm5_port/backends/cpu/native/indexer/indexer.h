@@ -53,6 +53,11 @@ struct IndexerKernels {
 };
 GLM5_MATRIX_KERNELS(IndexerKernels, indexer)
 
+#if defined(__x86_64__)
+// The kernels of AMX with the tile unit emulated, to test them where there is none.
+namespace avx512_bf16 { extern const IndexerKernels indexer_by_emulated_tiles; }
+#endif
+
 namespace {
 
 inline int64_t clamped(int64_t x, int64_t most) { return larger(0, smaller(x, most)); }

@@ -1,6 +1,7 @@
-// The indexer with products of pairs of bfloat16 numbers: queries and keys stay as they are; codes of quantised keys are bfloat16
-// numbers too. Whatever is float32 goes to the float kernels.
+// The indexer with products of pairs of bfloat16 numbers, by vectors or, on AMX, by tiles: queries and keys stay as they are; codes of
+// quantised keys are bfloat16 numbers too. Whatever is float32 goes to the float kernels.
 #include "indexer/score.h"
+#include "tiles.h"
 
 namespace glm5 {
 namespace {
@@ -87,15 +88,69 @@ struct PairProduct {
   }
 };
 
+// Two tiles of keys by two of heads, in steps of 32 channels. Keys are rows of the left side as they are, behind each other in the
+// Scorer's own memory; queries lie there as tiles of the right side.
+//
+// What can be expected, in cycles: of each 32 channels 64 of products beside 32 of loads. 128 channels of 32 keys by 32 heads are 256,
+// then 64 stores, and 256 of vectors that rectify, weigh and sum, in part meanwhile: between half of the unit's peak and all of it,
+// counted and never measured.
+class TileProduct : public PairProduct {
+ public:
+  static constexpr int64_t round = tile_side;
+  static constexpr int keys = 2 * tile_side;
+
+  static bool direct(KeyFormat) { return false; }
+
+  void multiply(const uint32_t* query, const uint32_t* const* rows, int64_t depth, const void* const* next,
+                F32 (&dots)[keys][2]) {
+    constexpr int64_t query_stride = heads_of_group * sizeof(uint32_t);
+    const int64_t key_stride = depth * static_cast<int64_t>(sizeof(uint32_t));
+    unit_.zero<0>();
+    unit_.zero<1>();
+    unit_.zero<2>();
+    unit_.zero<3>();
+    for (int64_t i = 0; i < depth; i += tile_side) {
+      for (int k = 0; next && k < keys; ++k) __builtin_prefetch(static_cast<const uint32_t*>(next[k]) + i);
+      unit_.load<6>(rows[0] + i, key_stride);
+      unit_.load<4>(query + i * heads_of_group, query_stride);
+      unit_.add_products<0, 6, 4>();
+      unit_.load<5>(query + i * heads_of_group + tile_side, query_stride);
+      unit_.add_products<1, 6, 5>();
+      unit_.load<7>(rows[0] + tile_side * depth + i, key_stride);
+      unit_.add_products<2, 7, 4>();
+      unit_.add_products<3, 7, 5>();
+    }
+    unit_.store<0>(&dots[0][0], sizeof dots[0]);
+    unit_.store<1>(&dots[0][1], sizeof dots[0]);
+    unit_.store<2>(&dots[tile_side][0], sizeof dots[0]);
+    unit_.store<3>(&dots[tile_side][1], sizeof dots[0]);
+  }
+
+ private:
+  TileUnit unit_;
+};
+
 bool has_floats(const IndexerCall& call) { return !call.query_is_bf16 || call.cache.format == KeyFormat::float32; }
 
-void indexer_scores(const IndexerCall& call) { has_floats(call) ? avx512::indexer.indexer_scores(call) : score_all<PairProduct>(call); }
-void lightning_indexer(const IndexerCall& call) { has_floats(call) ? avx512::indexer.lightning_indexer(call) : index_all<PairProduct>(call); }
-void select_top_k(const SelectCall& call) { avx512::indexer.select_top_k(call); }
+template <class Product>
+struct Kernels {
+  static void indexer_scores(const IndexerCall& call) { has_floats(call) ? avx512::indexer.indexer_scores(call) : score_all<Product>(call); }
+  static void lightning_indexer(const IndexerCall& call) {
+    has_floats(call) ? avx512::indexer.lightning_indexer(call) : index_all<Product>(call);
+  }
+  static void select_top_k(const SelectCall& call) { avx512::indexer.select_top_k(call); }
+
+  static constexpr IndexerKernels table = {indexer_scores, lightning_indexer, select_top_k};
+};
 
 }  // namespace
 
 namespace GLM5_ISA {
-const IndexerKernels indexer = {indexer_scores, lightning_indexer, select_top_k};
+#if defined(GLM5_ISA_amx)
+const IndexerKernels indexer = Kernels<TileProduct>::table;
+#else
+const IndexerKernels indexer = Kernels<PairProduct>::table;
+const IndexerKernels indexer_by_emulated_tiles = Kernels<TileProduct>::table;
+#endif
 }
 }  // namespace glm5

@@ -6,7 +6,8 @@
 //     direct(format)             whether rows of the cache can be read where they are
 //     widen_query(from, count, to), widen_key(format, row, count, to)  make Elements of `count` channels, zeros behind them
 //     multiply(query, rows, depth, next, dots)   dots[k][v] = sum over depth of query vector v * row k. Meanwhile it may ask
-//                                for the cache's rows `next`, unless that is null
+//                                for the cache's rows `next`, unless that is null. Rows that are not read where they are lie
+//                                behind each other, in memory for all `keys` of them
 //
 // A score is computed in one order of sums, whatever is computed beside it. For files that are compiled for a vector instruction set.
 #pragma once
@@ -94,7 +95,7 @@ class Scorer {
     for (int k = 0; k < Product::keys; ++k) totals[k] = F32::zero();
     for (int64_t group = 0; group < groups_; ++group) {
       F32 dots[Product::keys][2];
-      Product::multiply(queries + group * depth_ * heads_of_group, rows_ + key, depth_, next, dots);
+      product_.multiply(queries + group * depth_ * heads_of_group, rows_ + key, depth_, next, dots);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const int64_t head = group * heads_of_group + v * F32::width;
@@ -129,6 +130,7 @@ class Scorer {
 
   const IndexerCall& call_;
   const Tile& tile_;
+  Product product_;
   const int64_t depth_, groups_;
   bool direct_;
   const Buffer<Element> queries_;

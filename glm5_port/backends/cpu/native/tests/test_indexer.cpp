@@ -8,6 +8,20 @@ namespace {
 constexpr KeyFormat formats[] = {KeyFormat::float32, KeyFormat::bfloat16, KeyFormat::fp8, KeyFormat::int8};
 constexpr int64_t code_bytes[] = {4, 2, 1, 1}, scale_bytes[] = {0, 0, 4, 2};
 
+const IndexerKernels& specification = indexer_for(Isa::scalar);
+
+// The kernels of this machine's instruction sets, the specification first, and those of AMX over an emulated tile unit.
+std::vector<const IndexerKernels*> usable_kernels() {
+  std::vector<const IndexerKernels*> found;
+  for (const Isa isa : usable_isas()) {
+    found.push_back(&indexer_for(isa));
+#if defined(__x86_64__)
+    if (isa == Isa::avx512_bf16) found.push_back(&avx512_bf16::indexer_by_emulated_tiles);
+#endif
+  }
+  return found;
+}
+
 // Whole numbers: every instruction set must compute the same numbers. Normal ones: they differ by what float rounds.
 enum class Numbers { whole, normal };
 
@@ -89,20 +103,20 @@ struct Case {
             shape.heads, shape.head_dim, nullptr, nullptr, 0, threads};
   }
 
-  Exact<float> scores(Isa isa, int threads) const {
+  Exact<float> scores(const IndexerKernels& kernels, int threads) const {
     Exact<float> result(paging.tokens * paging.columns * paging.page_size);
     IndexerCall made = call(threads);
     made.scores = result.data();
-    indexer_for(isa).indexer_scores(made);
+    kernels.indexer_scores(made);
     return result;
   }
 
-  Exact<int32_t> indices(Isa isa, int threads, int64_t top_k) const {
+  Exact<int32_t> indices(const IndexerKernels& kernels, int threads, int64_t top_k) const {
     Exact<int32_t> result(paging.tokens * top_k);
     IndexerCall made = call(threads);
     made.indices = result.data();
     made.top_k = top_k;
-    indexer_for(isa).lightning_indexer(made);
+    kernels.lightning_indexer(made);
     return result;
   }
 
@@ -115,14 +129,14 @@ struct Case {
 };
 
 void same_everywhere(const Case& made, const std::vector<int64_t>& top_ks) {
-  const Exact<float> scores = made.scores(Isa::scalar, 2);
-  for (const Isa isa : usable_isas())
-    for (const int threads : {1, 3}) CHECK(same_numbers(made.scores(isa, threads), scores));
+  const Exact<float> scores = made.scores(specification, 2);
+  for (const IndexerKernels* kernels : usable_kernels())
+    for (const int threads : {1, 3}) CHECK(same_numbers(made.scores(*kernels, threads), scores));
   for (const int64_t top_k : top_ks) {
-    const Exact<int32_t> indices = made.indices(Isa::scalar, 2, top_k);
-    for (const Isa isa : usable_isas())
+    const Exact<int32_t> indices = made.indices(specification, 2, top_k);
+    for (const IndexerKernels* kernels : usable_kernels())
       for (const int threads : {1, 3})
-        if (isa != Isa::scalar || top_k == top_ks[0]) CHECK(made.indices(isa, threads, top_k) == indices);
+        if (kernels != &specification || top_k == top_ks[0]) CHECK(made.indices(*kernels, threads, top_k) == indices);
   }
 }
 
@@ -176,8 +190,8 @@ TEST(indexer_nothing) {
   same_everywhere(Case(shape, Paging({{0, 5}}, 2, 4, 0, random), random), {4});
   const Case before(shape, Paging({{4, 2}}, 0, 4, 0, random), random);  // two tokens that lie before the first position
   same_everywhere(before, {4});
-  CHECK(before.indices(Isa::scalar, 1, 4)[4 * 1] == -1);
-  CHECK(before.indices(Isa::scalar, 1, 4)[4 * 2] == 0);
+  CHECK(before.indices(specification, 1, 4)[4 * 1] == -1);
+  CHECK(before.indices(specification, 1, 4)[4 * 2] == 0);
 }
 
 TEST(indexer_not_finite) {
@@ -208,13 +222,13 @@ TEST(indexer_rounding) {
     for (const bool query_is_bf16 : {false, true}) {
       const Shape shape = {format, query_is_bf16, 33, 64, 16, 1, Numbers::normal};
       const Case made(shape, Paging({{9, 130}, {2, 40}}, 1, 16, 1, random), random);
-      const Exact<float> expected = made.scores(Isa::scalar, 1);
+      const Exact<float> expected = made.scores(specification, 1);
       float most = 0;
       for (int64_t i = 0; i < expected.size(); ++i) most = std::isfinite(expected[i]) ? std::fmax(most, std::fabs(expected[i])) : most;
-      for (const Isa isa : usable_isas()) {
-        const Exact<float> scores = made.scores(isa, 1);
+      for (const IndexerKernels* kernels : usable_kernels()) {
+        const Exact<float> scores = made.scores(*kernels, 1);
         for (int64_t i = 0; i < scores.size(); ++i) CHECK(scores[i] == expected[i] || std::fabs(scores[i] - expected[i]) <= 1e-5f * most);
-        for (const int threads : {2, 3}) CHECK(made.scores(isa, threads) == scores);
+        for (const int threads : {2, 3}) CHECK(made.scores(*kernels, threads) == scores);
         for (const int64_t token : {0, 5, 8, 10}) {
           const Alone alone(made.paging, token);
           IndexerCall call = made.call(1);
@@ -225,7 +239,7 @@ TEST(indexer_rounding) {
           call.sequences = call.tokens = 1;
           const Exact<float> row(made.paging.columns * made.paging.page_size);
           call.scores = row.data();
-          indexer_for(isa).indexer_scores(call);
+          kernels->indexer_scores(call);
           CHECK(std::memcmp(row.data(), &scores[token * row.size()], row.size() * sizeof(float)) == 0);
         }
       }
@@ -247,19 +261,19 @@ TEST(indexer_meaning) {
   }
   const float expected[] = {6, 0, 6, 10, nothing, nothing, 6, 0, 6, 10, 6, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
   const int32_t best[] = {0, 2, 3, 0, 2, 3, -1, -1, -1}, two[] = {0, 3, 0, 3, -1, -1};
-  for (const Isa isa : usable_isas()) {
-    CHECK(std::memcmp(made.scores(isa, 1).data(), expected, sizeof expected) == 0);
-    CHECK(std::memcmp(made.indices(isa, 1, 3).data(), best, sizeof best) == 0);
-    CHECK(std::memcmp(made.indices(isa, 1, 2).data(), two, sizeof two) == 0);
+  for (const IndexerKernels* kernels : usable_kernels()) {
+    CHECK(std::memcmp(made.scores(*kernels, 1).data(), expected, sizeof expected) == 0);
+    CHECK(std::memcmp(made.indices(*kernels, 1, 3).data(), best, sizeof best) == 0);
+    CHECK(std::memcmp(made.indices(*kernels, 1, 2).data(), two, sizeof two) == 0);
   }
 }
 
 // -- selection ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-Exact<int32_t> selected(Isa isa, const Exact<T>& scores, int64_t rows, int64_t columns, int64_t stride, int64_t top_k, int threads) {
+Exact<int32_t> selected(const IndexerKernels& kernels, const Exact<T>& scores, int64_t rows, int64_t columns, int64_t stride, int64_t top_k, int threads) {
   Exact<int32_t> result(rows * top_k);
-  indexer_for(isa).select_top_k({scores.data(), sizeof(T) == 2, rows, columns, stride, result.data(), top_k, threads});
+  kernels.select_top_k({scores.data(), sizeof(T) == 2, rows, columns, stride, result.data(), top_k, threads});
   return result;
 }
 
@@ -279,9 +293,9 @@ void select_everywhere() {
         if (kind == 4) narrow(i % 100 < 98 ? -INFINITY : 0.0f, &scores[i]);  // hardly anything can be selected
       }
       for (const int64_t top_k : {1, 2, 15, 16, 17, 256, 600, 2048}) {
-        const Exact<int32_t> expected = selected(Isa::scalar, scores, rows, columns, stride, top_k, 1);
-        for (const Isa isa : usable_isas())
-          for (const int threads : {1, 3}) CHECK(selected(isa, scores, rows, columns, stride, top_k, threads) == expected);
+        const Exact<int32_t> expected = selected(specification, scores, rows, columns, stride, top_k, 1);
+        for (const IndexerKernels* kernels : usable_kernels())
+          for (const int threads : {1, 3}) CHECK(selected(*kernels, scores, rows, columns, stride, top_k, threads) == expected);
       }
     }
   }
@@ -294,11 +308,11 @@ TEST(indexer_select_meaning) {
   const float values[] = {1, NAN, -0.0f, 0.0f, -INFINITY, 1, -2, 1};
   const Exact<float> scores(8);
   std::memcpy(scores.data(), values, sizeof values);
-  for (const Isa isa : usable_isas()) {
+  for (const IndexerKernels* kernels : usable_kernels()) {
     const int32_t three[] = {0, 1, 5}, five[] = {0, 1, 2, 5, 7}, all[] = {0, 1, 2, 3, 5, 6, 7, -1, -1};
-    CHECK(std::memcmp(selected(isa, scores, 1, 8, 8, 3, 1).data(), three, sizeof three) == 0);
-    CHECK(std::memcmp(selected(isa, scores, 1, 8, 8, 5, 1).data(), five, sizeof five) == 0);
-    CHECK(std::memcmp(selected(isa, scores, 1, 8, 8, 9, 1).data(), all, sizeof all) == 0);
+    CHECK(std::memcmp(selected(*kernels, scores, 1, 8, 8, 3, 1).data(), three, sizeof three) == 0);
+    CHECK(std::memcmp(selected(*kernels, scores, 1, 8, 8, 5, 1).data(), five, sizeof five) == 0);
+    CHECK(std::memcmp(selected(*kernels, scores, 1, 8, 8, 9, 1).data(), all, sizeof all) == 0);
   }
 }
 
