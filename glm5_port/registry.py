@@ -96,6 +96,7 @@ class Backend:
         probe: looks at this machine; imports vendor packages only inside.
         origin: "built in", or the plugin that registered it.
         by_name_only: `auto` never uses its implementations; they run when the backend or one of them is asked for by name.
+        unproven: why nobody knows yet whether its own kernels work on the hardware; empty once evidence/ has a record of it.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Backend:
     probe: Callable[[], Probe]
     origin: str = "built in"
     by_name_only: bool = False
+    unproven: str = ""
 
 
 @dataclass(eq=False, slots=True)

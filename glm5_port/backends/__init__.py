@@ -46,6 +46,7 @@ IMPLEMENTATIONS = (
     "cuda.matmul",
     "cuda.linear",
     "cuda.experts",
+    "cuda.flash_mla",
     "onnxruntime.int4",
 )
 """Modules of this package with implementations of the backends' own."""

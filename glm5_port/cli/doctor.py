@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
             "package": backend.package,
             "collective": backend.collective,
             "origin": backend.origin,
+            "unproven": backend.unproven,
             "operators_of_its_own": own[backend.name],
             "details": dict(found.details),
         }
@@ -115,5 +116,5 @@ def _render_backend(name: str, backend: dict[str, Any], declared: int) -> list[s
     own = backend["operators_of_its_own"]
     kernels = f"kernels of its own for {own} of {declared} operators" if own else "portable implementations only"
     details = [f"{key} {value}" for key, value in backend["details"].items() if key != "torch"]
-    notes = [backend["missing"], "; ".join([kernels, *details])]
+    notes = [backend["missing"], "; ".join([kernels, *details]), backend["unproven"]]
     return [head, *(f"{'':11}{note}" for note in notes if note)]

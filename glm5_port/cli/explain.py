@@ -48,16 +48,21 @@ def explain(
     given = dict(_parse_fact(text) for text in fact or [])
     if operator is None:
         records = _decide_all(as_backend, facts, assumed, given)
-        print_json([record.as_dict() for record in records]) if as_json else _print_overview(records)
+        if as_json:
+            print_json([record.as_dict() | {"unproven": _unproven([record])} for record in records])
+        else:
+            _print_overview(records)
+            _warn(records)
     else:
         record = _decide(_find(operator), as_backend, facts, assumed, given)
         records = [record]
         promises = _promises(record)
         if as_json:
-            print_json(record.as_dict() | {"promises": promises})
+            print_json(record.as_dict() | {"promises": promises, "unproven": _unproven([record])})
         else:
             kept = [f"{name}: {', '.join(words) or 'none'}" for name, words in promises.items()]
             print_text(f"{record}\n  facts: {_facts_line(record)}\n  promises  {'; '.join(kept)}")
+            _warn(records)
     if any(record.chosen is None for record in records):
         raise typer.Exit(1)
 
@@ -110,6 +115,19 @@ def _promises(record: Selection) -> dict[str, list[str]]:
     implementations = OPERATORS[record.operator].implementations
     names = [c.id for c in record.candidates if implementations[c.id].backend in (record.chosen.backend, PORTABLE)]
     return {name: sorted(implementations[name].promises) for name in names}
+
+
+def _unproven(records: list[Selection]) -> list[str]:
+    """What nobody knows yet about the backends whose own implementations were chosen."""
+    from glm5_port.registry import BACKENDS
+
+    chosen = dict.fromkeys(record.chosen.backend for record in records if record.chosen is not None)
+    return [f"{name}: {BACKENDS[name].unproven}" for name in chosen if name in BACKENDS and BACKENDS[name].unproven]
+
+
+def _warn(records: list[Selection]) -> None:
+    for line in _unproven(records):
+        print_text(f"  never run on hardware  {line}")
 
 
 def _find(name: str) -> Operator:

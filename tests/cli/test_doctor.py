@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from glm5_port import requests, selection
 from glm5_port.registry import BACKENDS, OPERATORS, Probe
 from glm5_port.requests import search_order
+from glm5_port.testing.evidence import read_evidence
 
 
 @pytest.fixture
@@ -81,3 +83,17 @@ def test_require(command_line, usable) -> None:
     unknown = command_line("doctor", "--require", "npuu")
     assert unknown.code == 2
     assert "did you mean npu?" in unknown.err
+
+
+def test_what_never_ran_on_its_hardware_says_so(command_line) -> None:
+    """As long as evidence/ has no record of it, and no longer."""
+    from glm5_port.registry import BACKENDS, OPERATORS
+
+    proven = {record["device"]["backend"] for record in read_evidence(Path(__file__).parents[2] / "evidence")}
+    own = {i.backend for operator in OPERATORS.values() for i in operator.implementations.values()} & set(BACKENDS)
+    assert {name for name, backend in BACKENDS.items() if backend.unproven} == own - proven >= {"cuda", "npu"}
+    assert f"\n           {BACKENDS['cuda'].unproven}\n" in command_line("doctor").out
+    assert "never run on hardware  cuda: no GPU has run its kernels" in command_line("explain", "--as", "cuda").out
+    one = command_line("explain", "sparse_mla_attention", "--as", "npu").out
+    assert "never run on hardware  npu: no NPU has run its calls" in one
+    assert "never run on hardware" not in command_line("explain", "sparse_mla_attention", "--as", "cpu").out

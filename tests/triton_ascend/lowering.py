@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glm5_port.backends.cuda import triton_support
-from glm5_port.backends.cuda.triton_support import BACKEND, OLDEST_TRITON, Launch
+from glm5_port.backends.cuda.triton_support import BACKEND, OLDEST_TRITON, VARIANT, Launch
 from glm5_port.registry import Implementation
 from glm5_port.testing import parity
 from glm5_port.testing.cases import WIDTH, load_suites
@@ -31,7 +31,7 @@ class Refused(Exception):
 
 def implementations() -> list[Implementation]:
     """Everything that launches Triton kernels."""
-    return [i for i in parity.implementations_on(BACKEND) if i.backend == BACKEND]
+    return [i for i in parity.implementations_on(BACKEND) if i.backend == BACKEND and i.variant.startswith(VARIANT)]
 
 
 @functools.cache
