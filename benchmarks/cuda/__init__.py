@@ -1,1 +1,1 @@
-"""Speed of the CUDA backend's products beside the card's own limits and torch: python -m benchmarks.cuda."""
+"""Speed of the CUDA backend beside the card's own limits, torch and transformers: python -m benchmarks.cuda."""

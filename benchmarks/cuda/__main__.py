@@ -1,4 +1,4 @@
-"""Measures the CUDA backend's products on this machine's GPU.
+"""Measures the CUDA backend's products, sparse attention and one decoder layer on this machine's GPU.
 
     python -m benchmarks.cuda                        all contests, a table
     python -m benchmarks.cuda --only experts         some of them
@@ -19,16 +19,20 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cuda.attention import indexer, sparse, top_k
 from benchmarks.cuda.contest import Result, limits_of, run, table
+from benchmarks.cuda.layer import layer
 from benchmarks.cuda.products import GLM5, SUITES, TINY, Bench
 from glm5_port.plugins import load_plugins
 from glm5_port.requests import probe
+
+ALL = {**SUITES, "sparse": sparse, "indexer": indexer, "top_k": top_k, "layer": layer}
 
 
 def main() -> int:
     """Runs the contests; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--only", nargs="+", choices=list(ALL), default=list(ALL))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu runs the kernels only under TRITON_INTERPRET=1, at --tiny")
@@ -43,7 +47,7 @@ def main() -> int:
     print(f"{limits.bandwidth / 1e9:.0f} GB/s copied, {limits.product_rate / 1e12:.1f} T operations/s in bfloat16 products")
     results: list[Result] = []
     for name in options.only:
-        for contest in SUITES[name](bench):
+        for contest in ALL[name](bench):
             results += run(contest, limits, device)
             print(f"\r{name}: {contest.operator} {contest.work}".ljust(78), end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

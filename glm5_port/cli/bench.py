@@ -50,6 +50,7 @@ def measure(
     from glm5_port.testing import speed
     from glm5_port.testing.parity import implementations_on
     from glm5_port.testing.workloads import workloads
+    from glm5_port.testing.workloads_rest import all_workloads
 
     if prefill > context:
         raise InputError(f"--prefill {prefill} is longer than --context {context}: a chunk ends at the context")
@@ -58,7 +59,8 @@ def measure(
     chip = resolve_backend(backend)
     implementations = implementations_on(chip.name, operators)
     wanted = {implementation.operator.name for implementation in implementations}
-    chosen = [w for w in workloads(config, prefill=prefill, context=context) if w.operator.name in wanted]
+    timed = all_workloads if operators else workloads  # without a name: what a model calls
+    chosen = [w for w in timed(config, prefill=prefill, context=context) if w.operator.name in wanted]
     jobs = [(w, i) for w in chosen for i in implementations if i.operator is w.operator]
     machine = speed.Machine(chip.device_type, working)
     refusals: dict[str, str | None] = {}

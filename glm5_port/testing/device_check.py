@@ -31,7 +31,8 @@ from glm5_port.testing import parity, speed, workers
 from glm5_port.testing.cases import WIDTH, Make, load_suites
 from glm5_port.testing.device_record import SAVED_EVERY, DeviceRecord, clocks, versions
 from glm5_port.testing.evidence import device_description
-from glm5_port.testing.workloads import Workload, workloads
+from glm5_port.testing.workloads import Workload
+from glm5_port.testing.workloads_rest import all_workloads
 
 SECONDS = 460.0
 """For everything between the first line and the last; with `GRACE` and the start of Python, eight minutes."""
@@ -80,7 +81,11 @@ def items(backend: str, operators: Sequence[str] | None = None) -> list[Item]:
             (dtype, bool(case.tags & WIDTH)) for case in suites[implementation.operator.name].cases for dtype in case.dtypes
         )
     ]
-    return sorted(found, key=lambda item: (_stage(item), FIRST.index(item[0]) if item[0] in FIRST else len(FIRST)))
+    return sorted(found, key=lambda item: (_stage(item), _importance(item[0])))
+
+
+def _importance(operator: str) -> int:
+    return FIRST.index(operator) if operator in FIRST else len(FIRST)
 
 
 def _stage(item: Item) -> int:
@@ -157,17 +162,18 @@ def _name(item: Item) -> str:
 def _workloads(context: int) -> dict[Timed, Workload]:
     from glm5_port.config import released
 
-    made = workloads(released("GLM-5.2"), prefill=min(PREFILL, context), context=context)
+    made = all_workloads(released("GLM-5.2"), prefill=min(PREFILL, context), context=context)
     return {(workload.operator.name, workload.name): workload for workload in made}
 
 
 def time_item(backend: str, context: int, failed: frozenset[tuple[str, str]], item: Timed) -> Iterator[dict[str, Any]]:
-    """The timings of one workload, each with the ceilings measured beside it and the clocks after it, or {"left_out": why}: what
-    a worker does. Its inputs are made once."""
+    """The timings of one workload, each with the ceilings measured beside it and the clocks after the first, or {"left_out":
+    why}: what a worker does. Its inputs are made once."""
     load_plugins()
     workload, device = _workloads(context)[item], _device_type(backend)
     arguments = workload.build(Make("/".join(item), torch.bfloat16))
     facts = {**workload.operator.facts_of(arguments), "device_type": device}
+    clocks_once = functools.cache(clocks)  # nvidia-smi takes longer than most timings
     for implementation in parity.implementations_on(backend, [item[0]]):
         key = (item[0], implementation.id)
         reasons = ["parity failed"] if key in failed else implementation.not_supported(**facts)
@@ -177,7 +183,7 @@ def time_item(backend: str, context: int, failed: frozenset[tuple[str, str]], it
                     workload, implementation, dtype=torch.bfloat16, device=device, machine=_machine(device), refused=None,
                     arguments=arguments,
                 )  # fmt: skip
-                yield {**timing.as_dict(), "clocks": clocks()}
+                yield {**timing.as_dict(), "clocks": clocks_once()}
                 continue
             except Exception as error:  # one that fails leaves the others their times
                 reasons = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
@@ -219,8 +225,9 @@ def run_speed(
         if problem:
             left_out.append(f"{' '.join(item)}: {problem}")
 
+    wanted = sorted((item for item in _workloads(context) if item[0] in operators), key=lambda item: _importance(item[0]))
     workers.run(
-        functools.partial(time_item, backend, context, failed), [item for item in _workloads(context) if item[0] in operators],
+        functools.partial(time_item, backend, context, failed), wanted,
         workers=1, until=until, seconds_each=LONGEST_SPEED, found=found, ended=ended,
     )  # fmt: skip
     return timings, left_out

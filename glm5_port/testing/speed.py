@@ -1,11 +1,12 @@
 """Timing of operators beside the machine's own ceilings, measured in the same run. No speed without parity.
 
-Times are medians of repeated calls on warm inputs; shares of the floor are ratios inside one run, so that a noisy or throttled
-machine moves both sides.
+Times are medians of repeated calls; shares of the floor are ratios inside one run, so that a noisy or throttled machine moves
+both sides.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +21,18 @@ from glm5_port.testing.cases import WIDTH, Make
 from glm5_port.testing.parity import run
 from glm5_port.testing.workloads import Workload
 
+HOST_BUDGET, DEVICE_BUDGET = 1.0, 0.25
+"""Seconds for the timing of a call."""
+ERASED = 512 * 2**20
+"""Bytes written before each call on a device: several times its second-level cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """What this machine reaches with plain torch.
 
     Attributes:
-        bandwidth: bytes read per second (sum over a tensor larger than the caches).
+        bandwidth: bytes per second: read by a sum on the CPU, read and written by a copy on a device, larger than the caches.
         matmul_rate: floating-point operations per second of a square matmul in the working dtype.
     """
 
@@ -71,18 +77,64 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def median_seconds(call: Callable[[], Any], device: str, *, budget: float = 1.0, least: int = 5) -> float:
-    """Median time of a call over at least `least` runs and about `budget` seconds, after one warm-up."""
+def median_seconds(call: Callable[[], Any], device: str, *, budget: float | None = None, least: int = 5) -> float:
+    """Median time of a call over at least `least` runs and about `budget` seconds, after one warm-up.
+
+    On the CPU by the host's clock, on warm inputs. On a device by its own clock, from a graph where a call can be captured, so
+    that the host's work does not count; each call finds what it reads in memory, not in the second-level cache, as in a model.
+    """
+    if budget is None:
+        budget = HOST_BUDGET if device == "cpu" else DEVICE_BUDGET
     call()
     synchronize(device)
+    time_once = _host_timer(call) if device == "cpu" else _device_timer(call, device)
     times: list[float] = []
     until = time.perf_counter() + budget
     while len(times) < least or (time.perf_counter() < until and len(times) < 1000):
+        times.append(time_once())
+    return statistics.median(times)
+
+
+def _host_timer(call: Callable[[], Any]) -> Callable[[], float]:
+    def once() -> float:
         start = time.perf_counter()
         call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        return time.perf_counter() - start
+
+    return once
+
+
+def _device_timer(call: Callable[[], Any], device: str) -> Callable[[], float]:
+    event = torch.get_device_module(device).Event
+    run, eraser = _captured(call) if device == "cuda" else call, _eraser(device)
+
+    def once() -> float:
+        eraser.zero_()
+        begin, end = event(enable_timing=True), event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3  # from milliseconds
+
+    return once
+
+
+@functools.cache
+def _eraser(device: str) -> torch.Tensor:
+    return torch.empty(ERASED, dtype=torch.int8, device=device)
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph; itself where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # it waits for the device, as portable implementations may
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
 
 
 class Machine:
@@ -91,14 +143,21 @@ class Machine:
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self._device = device
-        self._values = torch.ones(64 * 2**20, dtype=torch.float32, device=device)  # 256 MiB: beyond any last-level cache
-        self._factors = [torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2)]
+        numbers, side = (64 * 2**20, 2048) if device == "cpu" else (256 * 2**20, 8192)  # beyond any last-level cache
+        self._values = torch.ones(numbers, dtype=torch.float32, device=device)
+        self._target = None if device == "cpu" else torch.empty_like(self._values)
+        self._factors = [torch.randn(side, side, device=device).to(dtype) for _ in range(2)]
 
     def ceilings(self) -> Ceilings:
         a, b = self._factors
-        read = median_seconds(self._values.sum, self._device, budget=0.2)
-        multiply = median_seconds(lambda: a @ b, self._device, budget=0.2)
-        return Ceilings(bandwidth=self._values.numel() * 4 / read, matmul_rate=2 * len(a) ** 3 / multiply)
+        budget = 0.2 if self._device == "cpu" else 0.05
+        target, moved = self._target, self._values.numel() * 4
+        if target is None:
+            bandwidth = moved / median_seconds(self._values.sum, self._device, budget=budget)
+        else:
+            bandwidth = 2 * moved / median_seconds(lambda: target.copy_(self._values), self._device, budget=budget)
+        multiply = median_seconds(lambda: a @ b, self._device, budget=budget)
+        return Ceilings(bandwidth=bandwidth, matmul_rate=2 * len(a) ** 3 / multiply)
 
 
 def parity_is_green(implementation: Implementation, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
