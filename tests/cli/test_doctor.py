@@ -49,6 +49,7 @@ def test_json_holds_what_the_text_says(command_line, usable) -> None:
         "package": "torch_mlu",
         "collective": "cncl",
         "origin": "built in",
+        "unproven": "",
         "operators_of_its_own": 0,
         "details": {},
     }
