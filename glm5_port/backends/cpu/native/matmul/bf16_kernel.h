@@ -10,7 +10,7 @@ struct PairTile {
   using Packed = bf16;
   using Decoded = bf16;
   static constexpr bool by_tiles = false;
-  static constexpr int64_t chunk_units = 16, unit_steps = 4, direct_rows = 4;
+  static constexpr int64_t chunk_units = 16, unit_steps = 4, direct_rows = 4, direct_passes = 1;
   static constexpr int tile_rows = 6;
   static constexpr int quads = 4;  // vectors of a step: eight inputs of each of four outputs
 
@@ -169,7 +169,7 @@ struct Int4ByPairs : PairTile {
 
 // Rows of bfloat16 as they are: lane r of a vector holds eight neighbours of row r.
 struct DenseByPairs : PairTile {
-  static constexpr int64_t direct_rows = 10;
+  static constexpr int64_t direct_rows = 10, direct_passes = 2;
   static constexpr int64_t ahead = 2048, unit_bytes_of_row = unit_inputs * sizeof(bf16);  // bytes
 
   static int64_t place(int64_t input) { return input; }

@@ -10,7 +10,7 @@ struct FloatTile {
   using Packed = float;
   using Decoded = float;
   static constexpr bool by_tiles = false;
-  static constexpr int64_t chunk_units = 8, unit_steps = 8, direct_rows = 0;
+  static constexpr int64_t chunk_units = 8, unit_steps = 8, direct_rows = 0, direct_passes = 0;
   static constexpr int tile_rows = F32::width == 16 ? 6 : 3;
   static constexpr int vectors = panel_sums / F32::width;  // of a step: four inputs of each output
 

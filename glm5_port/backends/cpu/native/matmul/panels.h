@@ -5,7 +5,7 @@
 //     decode        units of a panel as vectors of four lanes: lane r of vector q holds inputs of output row 4q + r; on the way
 //                   the cache is told what will be decoded next
 //     tile<rows>    adds their products with some rows to sums that are kept four to an output
-//     direct<rows>  both at once for a few rows, or direct_rows = 0
+//     direct<rows>  both at once for a few rows, or direct_rows = 0; for direct_passes times as many, panel by panel
 //
 // or, where by_tiles is true, its own `multiply` in place of tile and direct.
 //
@@ -60,9 +60,12 @@ void multiply(const Weight& weight, int64_t panel, int64_t panels, const typenam
               int64_t stride) {
   if constexpr (Kernel::by_tiles) return Kernel::multiply(weight, panel, panels, x, count, sums, stride);
   const Buffer<float> partial(panels * count * panel_sums);
-  if (count <= Kernel::direct_rows) {
+  if (count <= Kernel::direct_rows * Kernel::direct_passes) {
+    const int64_t part = blocks_of(count, blocks_of(count, larger(1, Kernel::direct_rows)));
     for (int64_t p = 0; p < panels; ++p) {
-      direct_of<Kernel, Kernel::direct_rows>(count, weight, panel + p, x, partial + p * count * panel_sums);
+      for (int64_t row = 0; row < count; row += part) {
+        direct_of<Kernel, Kernel::direct_rows>(smaller(part, count - row), weight, panel + p, x + row, partial + (p * count + row) * panel_sums);
+      }
     }
   } else {
     const Buffer<typename Kernel::Decoded> decoded(Kernel::chunk_units * unit_inputs * panel_rows);
