@@ -331,13 +331,13 @@ def test_w4a8_mixtures_of_every_size(
 
 @each_isa
 @each_dtype
-@pytest.mark.parametrize(("outputs", "width"), [(1, 1), (15, 77), (16, 16), (33, 130), (100, 512)])
+@pytest.mark.parametrize(("outputs", "width"), [(1, 1), (15, 77), (16, 16), (33, 130), (100, 512), (21, 1100)])
 def test_int8_sums_are_exact_at_every_size(isa: str, dtype: torch.dtype, outputs: int, width: int) -> None:
     generator = torch.Generator().manual_seed(6)
     codes = torch.randint(-128, 128, (outputs, width + 3), generator=generator, dtype=torch.int8)[:, 1 : width + 1]
     scales = torch.rand(outputs, generator=generator)
     compute = int8_matmul.implementations[f"cpu/{isa}"].function
-    for rows in (0, 1, 3, 5, 9):
+    for rows in (0, 1, 3, 5, 9, 16, 17, 33):  # passes over the weight as it lies, and tiles
         x = random(rows, width, dtype=dtype) * 100
         assert torch.equal(compute(x, codes, scales), int8_matmul.reference(x, codes, scales))
 
